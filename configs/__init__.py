@@ -1,0 +1,1 @@
+"""Studies and the root configuration, as YAML that Hydra composes. No logic."""

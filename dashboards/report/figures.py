@@ -1,0 +1,103 @@
+"""The report's figures, as plotly objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dashboards.report.view import Z95, Row, best_by_nfe
+
+COLOURS = ["#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f"]
+
+
+def _figure(title: str, x: str, y: str, **layout: Any) -> Any:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    figure.update_layout(
+        title=title,
+        xaxis_title=x,
+        yaxis_title=y,
+        template="plotly_white",
+        height=440,
+        margin={"l": 60, "r": 20, "t": 50, "b": 50},
+        legend={"orientation": "h", "y": -0.2},
+        **layout,
+    )
+    return figure
+
+
+def quality_against_nfe(rows: list[Row], name: str, lower: bool) -> Any:
+    """Each solver with its best grid: value with its 95 % interval against evaluations."""
+    figure = _figure(f"{name} against network evaluations", "network evaluations per sample", name)
+    series = best_by_nfe(rows, name, lower)
+    for i, (label, points) in enumerate(series.items()):
+        figure.add_scatter(
+            x=[row.nfe for row in points],
+            y=[row.value(name) for row in points],
+            error_y={"type": "data", "array": [Z95 * row.error(name) for row in points], "thickness": 1},
+            text=[f"{row.grid} grid, {row.data['num_samples']} samples" for row in points],
+            mode="lines+markers" if len(points) > 1 else "markers",
+            marker={"size": 12 if len(points) == 1 else 7, "symbol": "star" if "searched" in label else "circle"},
+            name=label,
+            line={"color": COLOURS[i % len(COLOURS)]},
+        )
+    figure.update_xaxes(type="log", tickvals=sorted({row.nfe for row in rows}))
+    values = [row.measured(name) for row in rows if row.value(name) is not None]
+    if values and min(values) > 0 and max(values) / min(values) > 8:
+        figure.update_yaxes(type="log")
+    return figure
+
+
+def search_history(rows: list[Row], name: str, lower: bool) -> Any:
+    """Every trial of a search and the best so far."""
+    figure = _figure(f"search history: {rows[0].data['part']}", "trial", name)
+    values = [row.measured(name) for row in rows]
+    best: list[float] = []
+    for value in values:
+        best.append(value if not best else (min if lower else max)(best[-1], value))
+    numbers = list(range(1, len(rows) + 1))
+    figure.add_scatter(x=numbers, y=values, mode="markers", name="trial", marker={"color": "#94a3b8"})
+    figure.add_scatter(x=numbers, y=best, mode="lines", name="best so far", line={"color": COLOURS[0]})
+    return figure
+
+
+def schedules(rows: list[Row], process: Any) -> Any:
+    """Time grids drawn over each other: half log-SNR at every step (t where it is infinite)."""
+    import math
+
+    figure = _figure("time grids", "step", "half log-SNR, log(alpha / sigma)")
+    for i, row in enumerate(rows):
+        inner = [(step, process.lam(t)) for step, t in enumerate(row.times) if t > 0]
+        finite = [(step, lam) for step, lam in inner if math.isfinite(lam)]
+        figure.add_scatter(
+            x=[step for step, _ in finite],
+            y=[lam for _, lam in finite],
+            text=[f"t={row.times[step]:.4f}" for step, _ in finite],
+            mode="lines+markers",
+            name=f"{row.solver}, {row.grid}",
+            line={"color": COLOURS[i % len(COLOURS)], "width": 4 if row.grid == "searched" else 2},
+        )
+    figure.update_xaxes(dtick=1)
+    return figure
+
+
+def best_of_n(rows: list[Row], names: list[str]) -> list[Any]:
+    """Each reward and quality against the number of candidates."""
+    figures = []
+    for name in names:
+        points = [row for row in sorted(rows, key=lambda r: r.particles) if row.value(name) is not None]
+        if not points:
+            continue
+        figure = _figure(f"best of N: {name}", "candidates N", name)
+        figure.add_scatter(
+            x=[row.particles for row in points],
+            y=[row.value(name) for row in points],
+            error_y={"type": "data", "array": [Z95 * row.error(name) for row in points], "thickness": 1},
+            text=[f"{row.data['nfe']} evaluations per sample" for row in points],
+            mode="lines+markers",
+            name=name,
+            line={"color": COLOURS[0]},
+        )
+        figure.update_xaxes(type="log", tickvals=[row.particles for row in points])
+        figures.append(figure)
+    return figures

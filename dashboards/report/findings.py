@@ -1,0 +1,104 @@
+"""What came out of a study, in sentences: winners, paired comparisons, what a search gained, what candidates bought."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dashboards.report.view import Z95, Row, compared, parts
+from orchestrator import measure
+from orchestrator.store import CorruptShard, Store
+from tasks import registry
+from tasks.recipe import Recipe
+
+
+def findings(
+    table: list[Row], names: list[str], better: dict[str, str], store: Store, config: dict[str, Any]
+) -> list[str]:
+    """One sentence each; none without a complete trial and a quality."""
+    qualities = [n for n in names if n.startswith("quality/")]
+    if not qualities or not any(row.complete for row in table):
+        return []
+    name, judge = qualities[0], _Judge(qualities[0], better[qualities[0]] == "lower", store, config)
+    pool = [row for row in compared(table) if row.value(name) is not None]
+    return [*_winners(pool, judge), *_searches(table, pool, judge), *_candidates(table, names)]
+
+
+def _interval(row: Row, name: str) -> str:
+    return f"{row.measured(name):.3f} ± {Z95 * row.error(name):.2g}"
+
+
+class _Judge:
+    """Orders trials by one quality and compares two of them row by row."""
+
+    def __init__(self, name: str, lower: bool, store: Store, config: dict[str, Any]) -> None:
+        self.name, self.lower, self._store = name, lower, store
+        specs = (registry.metrics.complete(spec) for spec in config["metrics"])
+        self._metric = next(spec for spec in specs if name in registry.metrics.build(spec).better)
+
+    def ranked(self, rows: list[Row]) -> list[Row]:
+        """Best first."""
+        return sorted(rows, key=lambda row: row.measured(self.name), reverse=not self.lower)
+
+    def difference(self, a: Row, b: Row) -> str:
+        """a minus b with its 95 % interval: paired where the rows are still there, else as if independent."""
+        effects = []
+        for row in (a, b):
+            spec = self._store.get_json("recipes", row.data["key"])
+            first, count = row.span
+            try:
+                if spec is None:
+                    raise KeyError(row.data["key"])
+                recipe = Recipe(**spec)
+                effects.append(measure.influences(recipe, self._metric, self.name, first, first + count, self._store))
+            except (KeyError, CorruptShard):
+                error = (a.error(self.name) ** 2 + b.error(self.name) ** 2) ** 0.5
+                return f"{a.measured(self.name) - b.measured(self.name):+.3g} ± {Z95 * error:.2g} (unpaired)"
+        value, error = measure.paired_difference(*effects)
+        return f"{value:+.3g} ± {Z95 * error:.2g} (paired)"
+
+
+def _winners(pool: list[Row], judge: _Judge) -> list[str]:
+    lines = []
+    for nfe in sorted({row.nfe for row in pool}):
+        first, *others = judge.ranked([row for row in pool if row.nfe == nfe])
+        line = f"At {nfe} evaluations: {first.solver} with the {first.grid} grid, {_interval(first, judge.name)}"
+        rivals = [row for row in others if row.span == first.span and row.data["key"] != first.data["key"]]
+        if rivals:
+            second = rivals[0]
+            line += f"; against {second.solver} with {second.grid}, the next, {judge.difference(first, second)}"
+        lines.append(line + ".")
+    return lines
+
+
+def _searches(table: list[Row], pool: list[Row], judge: _Judge) -> list[str]:
+    lines = []
+    for row in pool:
+        if row.grid != "searched" or not row.held_out:
+            continue
+        stock = [other for other in pool if (other.nfe, other.span) == (row.nfe, row.span) and other.grid != "searched"]
+        if stock:
+            best = judge.ranked(stock)[0]
+            lines.append(
+                f"The searched {row.nfe}-evaluation grid on held-out samples: {_interval(row, judge.name)} against "
+                f"{_interval(best, judge.name)} of the best stock one ({best.solver}, {best.grid}): "
+                f"{judge.difference(row, best)}."
+            )
+        seen = [o for o in table if o.complete and not o.held_out and o.data["key"] == row.data["key"]]
+        if seen:
+            before = f"While searching it had {seen[0].measured(judge.name):.3f} on {seen[0].span[1]:,} samples"
+            same = seen[0].span[1] == row.span[1]
+            optimism = f"the optimism is {row.measured(judge.name) - seen[0].measured(judge.name):+.3f}"
+            other = "values at other sample counts have another bias, so only the held-out ones compare"
+            lines.append(f"{before}; {optimism if same else other}.")
+    return lines
+
+
+def _candidates(table: list[Row], names: list[str]) -> list[str]:
+    lines = []
+    for members in parts(table).values():
+        ordered = sorted(members, key=lambda row: row.particles)
+        rewards = [n for n in names if n.startswith("reward/") and ordered[0].value(n) is not None]
+        if len({row.particles for row in ordered}) > 1 and rewards:
+            curve = ", ".join(f"N={row.particles} {_interval(row, rewards[0])}" for row in ordered)
+            lines.append(f"Best of N, {rewards[0]}: {curve}.")
+    return lines

@@ -1,0 +1,126 @@
+"""The trial table as the report sees it: labels, groups and comparisons."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Z95 = 1.96
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial of the stored table."""
+
+    data: dict[str, Any]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe's specs."""
+        return json.loads(self.data["recipe"])
+
+    @property
+    def times(self) -> list[float]:
+        """The time grid."""
+        return json.loads(self.data["times"])
+
+    @property
+    def solver(self) -> str:
+        """Solver by the name people know it by."""
+        spec = self.recipe["solver"]
+        if spec["name"] == "diffusers":
+            return spec["scheduler"].removesuffix("Scheduler").removesuffix("Multistep").removesuffix("Discrete")
+        extra = f" (eta={spec['eta']:g})" if spec.get("eta") else ""
+        return {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "heun": "Heun", "euler": "Euler"}.get(
+            spec["name"], spec["name"]
+        ) + extra
+
+    @property
+    def grid(self) -> str:
+        """Time grid in a word or two."""
+        spec = self.recipe["times"]
+        if spec["name"] == "stock":
+            config = self.recipe["solver"].get("config", {})
+            return ", ".join(f"{k.removeprefix('use_')}" if v is True else str(v) for k, v in config.items()) or "stock"
+        return "searched" if spec["name"] == "ratios" else spec["name"]
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations along one trajectory of one particle."""
+        return self.data["nfe"] // self.particles
+
+    @property
+    def particles(self) -> int:
+        """N of best-of-N, else 1."""
+        return self.recipe["strategy"].get("n", 1)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Range of sample indices, as (first, count)."""
+        return self.data["first_index"], self.data["num_samples"]
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has values."""
+        return self.data["state"] in ("complete", "degraded")
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it was measured on samples that no search saw."""
+        return str(self.data["part"]).endswith("held_out")
+
+    def value(self, name: str) -> float | None:
+        """A value of the trial."""
+        return self.data.get(f"value/{name}")
+
+    def measured(self, name: str) -> float:
+        """A value that is known to be there."""
+        value = self.value(name)
+        assert value is not None, name
+        return value
+
+    def error(self, name: str) -> float:
+        """Its standard error."""
+        return self.data.get(f"se/{name}") or 0.0
+
+
+def value_names(rows: Iterable[Row], order: Iterable[str]) -> list[str]:
+    """All values that some trial has, in the order of the study's metrics: the first quality is the one that counts."""
+    names = {key.removeprefix("value/") for row in rows for key in row.data if key.startswith("value/")}
+    known = [name for name in order if name in names]
+    return known + sorted(names - set(known))
+
+
+def parts(rows: list[Row]) -> dict[str, list[Row]]:
+    """Complete trials by part, in order."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.complete:
+            found.setdefault(row.data["part"] or "trials", []).append(row)
+    return found
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    """The trials whose values may be set side by side: held-out ones where there are any, else all single ones."""
+    single = [row for row in rows if row.complete and row.particles == 1]
+    return [row for row in single if row.held_out] or single
+
+
+def best_by_nfe(rows: list[Row], name: str, lower: bool) -> dict[str, list[Row]]:
+    """For every solver the best trial at each number of evaluations, by evaluations."""
+    best: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        value = row.value(name)
+        if value is None:
+            continue
+        label = f"{row.solver}, searched" if row.grid == "searched" else row.solver
+        key = (label, row.nfe)
+        held = best.get(key)
+        if held is None or (value < held.value(name)) == lower:  # type: ignore[operator]
+            best[key] = row
+    series: dict[str, list[Row]] = {}
+    for (label, _), row in sorted(best.items()):
+        series.setdefault(label, []).append(row)
+    return series

@@ -1,0 +1,49 @@
+"""The ledger: what was spent, in evaluations, reward calls, device-seconds and money."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.store import Store
+from tasks.recipe import Recipe
+
+
+@dataclass
+class Ledger:
+    """Costs of one launch; what the store already had is not in it.
+
+    Attributes:
+        price_per_device_hour: money for one hour of one device.
+        spent: sums over the shards of this launch.
+    """
+
+    price_per_device_hour: float = 0.0
+    spent: dict[str, float] = field(
+        default_factory=lambda: {"rows": 0, "nfe": 0, "reward_calls": 0, "generate_s": 0.0, "score_s": 0.0, "scored": 0}
+    )
+
+    def add(self, cost: Mapping[str, Any]) -> None:
+        """One shard's cost."""
+        for name in self.spent:
+            self.spent[name] += cost.get(name, 0)
+
+    @property
+    def device_seconds(self) -> float:
+        """Generating and scoring together."""
+        return self.spent["generate_s"] + self.spent["score_s"]
+
+    def summary(self) -> dict[str, float]:
+        """Sums, device-seconds and money."""
+        money = self.device_seconds / 3600 * self.price_per_device_hour
+        return self.spent | {"device_s": self.device_seconds, "money": money}
+
+    def cost_of(self, recipe: Recipe, start: int, stop: int, store: Store) -> dict[str, float]:
+        """What the rows [start, stop) cost whoever made them, from their commit records, in proportion."""
+        total = {"nfe": 0.0, "reward_calls": 0.0, "generate_s": 0.0}
+        for record in store.committed("rows", recipe.key):
+            share = max(0, min(stop, record.stop) - max(start, record.start)) / record.rows
+            for name in total:
+                total[name] += share * record.ledger.get(name, 0.0)
+        return total | {"money": total["generate_s"] / 3600 * self.price_per_device_hour}

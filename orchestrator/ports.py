@@ -1,0 +1,76 @@
+"""The ports that face outward: where work runs, where it is told, and who proposes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class WorkerLost(Exception):
+    """A task whose worker died again and again: the task may be what kills it."""
+
+
+class Executor(Protocol):
+    """Runs pure functions somewhere. ``slots`` bounds how many may be in flight."""
+
+    slots: int
+
+    def submit(self, function: Callable[[Any], Any], task: Any) -> Future: ...
+    def close(self) -> None: ...
+
+
+class Tracker(Protocol):
+    """Is told of finished trials. A tracker that is away costs a log line, never a result."""
+
+    def log(self, trial: Any) -> None: ...
+    def close(self, summary: Mapping[str, Any], artifacts: list[tuple[str, bytes]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial that a search proposes.
+
+    Attributes:
+        overrides: dotted paths to values, over the study's recipe; ``num_samples`` and ``first_index`` too.
+        part: the part of the study that it belongs to.
+        handle: whatever the search needs to recognise it in ``tell``.
+    """
+
+    overrides: Mapping[str, Any]
+    part: str = ""
+    handle: Any = None
+
+
+class Search(Protocol):
+    """Proposes trials and learns from them.
+
+    ``ask`` returns None when there is nothing to propose just now; the study is over when it does so with nothing in
+    flight. ``tell`` gets None for a failed trial. ``preview`` lists, without side effects, trials like those to come.
+    """
+
+    def ask(self) -> Proposal | None: ...
+    def tell(self, proposal: Proposal, values: Mapping[str, float] | None) -> None: ...
+    def preview(self) -> Iterator[Proposal]: ...
+
+
+@dataclass(frozen=True)
+class SearchContext:
+    """What a search may know of its study.
+
+    Attributes:
+        study: the study's name.
+        key: content key of what the search ranges over, so that another space is another search.
+        seed: the study's seed.
+        root: where the study's files lie.
+        storage: URL of Optuna's storage; None keeps ``optuna.db`` under the root.
+        better: which way is up, per value name.
+    """
+
+    study: str
+    key: str
+    seed: int
+    root: str
+    storage: str | None = None
+    better: Mapping[str, str] = field(default_factory=dict)

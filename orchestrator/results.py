@@ -1,0 +1,121 @@
+"""What a study leaves for people in ``studies/NAME/``: the frozen study, the trial table, its state, its report."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.files import is_remote, join, open_files
+from orchestrator.redact import redact, redact_all
+from orchestrator.study import Study, Trial
+
+
+class Results:
+    """The folder of one study."""
+
+    def __init__(self, root: str, name: str) -> None:
+        self.name, self._place = name, join(root, "studies", name)
+        self.files = open_files(self._place)
+
+    @property
+    def folder(self) -> Path | str:
+        """Where it lies: a path, or a URL."""
+        return self._place if is_remote(self._place) else Path(self._place)
+
+    def save_study(self, study: Study) -> None:
+        """The composed configuration, as it was run."""
+        self.files.write("study.json", json.dumps(redact_all(study.config), indent=1).encode())
+
+    def save_trials(self, trials: Sequence[Trial]) -> None:
+        """The trial table as Parquet: one row a trial, values as ``value/NAME`` and ``se/NAME``."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        names = sorted({name for trial in trials for name in trial.values})
+        costs = sorted({name for trial in trials for name in trial.cost})
+        rows = []
+        for trial in trials:
+            row: dict[str, Any] = {
+                "number": trial.number,
+                "part": trial.part,
+                "state": trial.state,
+                "reason": redact(trial.reason),
+                "quarantined": json.dumps(trial.quarantined),
+                "title": trial.title,
+                "overrides": json.dumps(dict(trial.proposal.overrides)),
+                "recipe": json.dumps(trial.described()),
+                "times": json.dumps(list(trial.recipe.grid[0])),
+                "key": trial.recipe.key,
+                "first_index": trial.first_index,
+                "num_samples": trial.num_samples,
+                "nfe": trial.recipe.nfe,
+                "commit": trial.commit,
+            }
+            row |= {f"value/{name}": trial.values.get(name) for name in names}
+            row |= {f"se/{name}": trial.errors.get(name) for name in names}
+            row |= {f"cost/{name}": trial.cost.get(name) for name in costs}
+            rows.append(row)
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows) if rows else pa.table({"number": pa.array([], pa.int64())}), sink)
+        self.files.write("trials.parquet", sink.getvalue())
+
+    def save_state(self, state: str, summary: Mapping[str, Any]) -> None:
+        """Where the study stands, for ``solvus status``."""
+        data = {"state": state, "updated": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
+        self.files.write("state.json", json.dumps(data | {"summary": dict(summary)}).encode())
+
+    def trials(self) -> list[dict[str, Any]]:
+        """The rows of the trial table; empty when there is none."""
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.read_table(io.BytesIO(self.files.read("trials.parquet"))).to_pylist()
+        except FileNotFoundError:
+            return []
+
+    def study(self) -> dict[str, Any]:
+        """The frozen configuration.
+
+        Raises:
+            ValueError: there is no such study here.
+        """
+        try:
+            return json.loads(self.files.read("study.json"))
+        except FileNotFoundError:
+            raise ValueError(
+                f"no study in {self.folder}. Run it first: solvus run study={self.name}, or set root=DIR."
+            ) from None
+
+    def state(self) -> dict[str, Any]:
+        """The last state; "running" only while its process lives or wrote within two minutes."""
+        try:
+            data = json.loads(self.files.read("state.json"))
+        except (FileNotFoundError, ValueError):
+            return {"state": "unknown", "summary": {}}
+        if data["state"] == "running":
+            here = data["host"] == socket.gethostname()
+            alive = is_alive(data["pid"]) if here else time.time() - data["updated"] < 120
+            data["state"] = "running" if alive else "interrupted"
+        return data
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def known(root: str) -> list[str]:
+    """Names of the studies below a root."""
+    return open_files(root).folders("studies")

@@ -1,0 +1,338 @@
+"""A study: a recipe plus a search. This module is the loop, and the plain data that it keeps."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+from orchestrator.ledger import Ledger
+from orchestrator.measure import measure, scorers
+from orchestrator.plan import Shard, shards
+from orchestrator.ports import Executor, Proposal, Search, SearchContext, Tracker, WorkerLost
+from orchestrator.registries import searches
+from orchestrator.store import CorruptShard, Store
+from orchestrator.worker import origin, perform
+from tasks import registry
+from tasks.noise import MAX_INDEX
+from tasks.recipe import Recipe, digest
+from tasks.registry import Spec
+
+log = logging.getLogger("solvus")
+
+# How often a trial is planned again because a stored file turned out to be damaged.
+MAX_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a user asked for, frozen.
+
+    Attributes:
+        name: its name; results lie in ``studies/NAME``.
+        recipe: how a sample is made, before overrides.
+        metrics: specs of metrics; ``cost`` is always among them.
+        search: spec of the search.
+        num_samples: samples of a trial.
+        first_index: sample index at which they start.
+        shard_size: samples of one unit of work.
+        root: where everything is written.
+        question: what the study is to answer, for people.
+        config: the composed configuration, as it was given.
+    """
+
+    name: str
+    recipe: Recipe
+    metrics: list[Spec]
+    search: Spec
+    num_samples: int
+    shard_size: int
+    root: str
+    first_index: int = 0
+    question: str = ""
+    price_per_device_hour: float = 0.0
+    storage: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def model_revision(self) -> str:
+        """Hash of the model's weights when the study began."""
+        return self.recipe.parts.model.revision
+
+    @property
+    def better(self) -> dict[str, str]:
+        """Which way is up, for every value that the metrics produce."""
+        found: dict[str, str] = {}
+        for spec in self.metrics:
+            found |= registry.metrics.build(spec).better
+        return found
+
+    def context(self) -> SearchContext:
+        """What the search may know."""
+        _ = self.model_revision  # pinned from here on
+        key = digest({"recipe": self.recipe.key, "metrics": self.metrics, "num_samples": self.num_samples})
+        return SearchContext(self.name, key, self.recipe.seed, self.root, self.storage, self.better)
+
+    def trial(self, number: int, proposal: Proposal) -> Trial:
+        """The trial that a proposal means, checked.
+
+        Raises:
+            ValueError: it cannot run.
+        """
+        overrides = dict(proposal.overrides)
+        count = overrides.pop("num_samples", self.num_samples)
+        first = overrides.pop("first_index", self.first_index)
+        for name, value in (("num_samples", count), ("first_index", first)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, got {value!r}.")
+        if count < 1:
+            raise ValueError(f"num_samples must be at least 1, got {count}.")
+        recipe = self.recipe.override(overrides)
+        if recipe.model == self.recipe.model and recipe.parts.model.revision != self.model_revision:
+            raise ValueError(
+                f"the weights of model {recipe.model['name']} changed while the study ran: revision "
+                f"{self.model_revision} became {recipe.parts.model.revision}. Run the study again."
+            )
+        trial = Trial(number, proposal, recipe, first, count)
+        if not 0 <= first <= MAX_INDEX - count:
+            raise ValueError(f"sample indices [{first}, {first + count}) must lie in [0, {MAX_INDEX}).")
+        recipe.check()
+        model = recipe.parts.model
+        for spec in self.metrics:
+            plugin = registry.metrics.build(spec)
+            for need in plugin.needs():
+                scorer = registry.scorer(need)
+                scorer.check(model.shape)
+                if scorer.needs_labels and not recipe.has_labels:
+                    raise ValueError(f"metric {spec['name']} needs labels, but this study has none. Leave it out.")
+            plugin.check(model, count)
+        return trial
+
+
+@dataclass
+class Trial:
+    """One point of a study: the recipe with overrides, on a range of sample indices, and what came of it."""
+
+    number: int
+    proposal: Proposal
+    recipe: Recipe
+    first_index: int
+    num_samples: int
+    state: str = "running"
+    reason: str = ""
+    values: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    commit: str = ""
+    quarantined: dict[int, str] = field(default_factory=dict)
+    open_shards: int = 0
+    attempts: int = 0
+    damaged: bool = False
+
+    @property
+    def part(self) -> str:
+        """The part of the study that it belongs to."""
+        return self.proposal.part
+
+    @property
+    def stop(self) -> int:
+        """One past its last sample index."""
+        return self.first_index + self.num_samples
+
+    @property
+    def identity(self) -> str:
+        """The same for the same rows in the same part."""
+        if self.num_samples == 0:  # it never ran: known by what was asked for
+            return f"{self.part}/refused/{digest(dict(self.proposal.overrides))}"
+        return f"{self.part}/{self.recipe.key}/{self.first_index}-{self.stop}"
+
+    @property
+    def title(self) -> str:
+        """A line for people."""
+        changed = ", ".join(f"{path}={_short(value)}" for path, value in self.proposal.overrides.items())
+        return f"#{self.number} {self.part} {changed or 'as configured'}".replace("  ", " ")
+
+    def described(self) -> dict[str, Any]:
+        """Recipe and range as plain data."""
+        r = self.recipe
+        specs = {"model": r.model, "solver": r.solver, "times": r.times, "guidance": r.guidance, "strategy": r.strategy}
+        plain = {"batch_size": r.batch_size, "seed": r.seed, "dtype": r.dtype, "device": r.device, "nfe": r.nfe}
+        reward = {} if r.reward is None else {"reward": r.reward}
+        return specs | reward | plain | {"num_samples": self.num_samples, "first_index": self.first_index}
+
+    def fingerprint(self) -> str:
+        """Changes when the result does."""
+        return digest([self.state, self.values, self.errors])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        inner = value.get("config") or {}
+        return f"{value.get('scheduler', value.get('name'))}{json.dumps(inner) if inner else ''}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def run(
+    study: Study,
+    executor: Executor,
+    store: Store,
+    tracker: Tracker,
+    watch: Any,
+    ledger: Ledger,
+    trials: list[Trial],
+) -> None:
+    """Ask, plan, submit, measure, tell, until the search has nothing more and nothing is in flight.
+
+    Trials are added to ``trials`` as they are proposed, so that an interrupted launch has its table too.
+    """
+    search: Search = searches.build(study.search).start(study.context())
+    loop = _Loop(study, search, store, tracker, watch, ledger, trials)
+    flying: dict[Future, tuple[Trial, Shard]] = {}
+    while True:
+        while not loop.backlog and len(flying) < executor.slots and (proposal := search.ask()) is not None:
+            try:
+                loop.plan(study.trial(len(loop.trials), proposal))
+            except ValueError as error:  # foreseeable trials were checked before; this one a search came upon
+                loop.refuse(proposal, error)
+        while loop.backlog and len(flying) < executor.slots:
+            trial, shard = loop.backlog.take()
+            flying[executor.submit(perform, shard)] = (trial, shard)
+        if not flying and not loop.backlog:
+            return
+        for future in wait(flying, timeout=1.0, return_when=FIRST_COMPLETED).done:
+            loop.settle(*flying.pop(future), future)
+        watch.tick()
+
+
+class Backlog:
+    """Shards that wait, cut from their plans only when they are needed, so that a million of them take no memory."""
+
+    def __init__(self) -> None:
+        self._streams: deque[Iterator[tuple[Trial, Shard]]] = deque()
+        self._head: tuple[Trial, Shard] | None = None
+
+    def add(self, items: Iterable[tuple[Trial, Shard]], first: bool = False) -> None:
+        """Append shards, or put them before all others."""
+        if first:
+            held = [] if self._head is None else [self._head]
+            self._head = None
+            self._streams.appendleft(chain(items, held))
+        else:
+            self._streams.append(iter(items))
+
+    def __bool__(self) -> bool:
+        while self._head is None and self._streams:
+            self._head = next(self._streams[0], None)
+            if self._head is None:
+                self._streams.popleft()
+        return self._head is not None
+
+    def take(self) -> tuple[Trial, Shard]:
+        """The next shard; there must be one."""
+        assert self
+        head, self._head = self._head, None
+        assert head is not None
+        return head
+
+
+@dataclass
+class _Loop:
+    """What the loop above remembers between two turns."""
+
+    study: Study
+    search: Search
+    store: Store
+    tracker: Tracker
+    watch: Any
+    ledger: Ledger
+    trials: list[Trial]
+    backlog: Backlog = field(default_factory=Backlog)
+
+    def plan(self, trial: Trial) -> None:
+        """Put a trial's missing shards into the queue, or finish it if there are none."""
+        if trial.attempts == 0:
+            self.trials.append(trial)
+            self.watch.began(trial)
+        trial.attempts += 1
+        if self.store.get_json("recipes", trial.recipe.key) is None:
+            self.store.put_json("recipes", trial.recipe.key, asdict(trial.recipe))
+        work = shards(
+            trial.recipe,
+            scorers(self.study.metrics),
+            trial.first_index,
+            trial.stop,
+            self.study.shard_size,
+            self.store,
+        )
+        trial.open_shards = len(work)
+        self.watch.planned(trial, work)
+        self.backlog.add((trial, shard) for shard in work)
+        if not work:
+            self.finish(trial)
+
+    def refuse(self, proposal: Proposal, error: ValueError) -> None:
+        """Note a proposal that cannot run as a failed trial, and go on."""
+        trial = Trial(len(self.trials), proposal, self.study.recipe, 0, 0, state="failed", reason=str(error))
+        log.error("%s cannot run: %s", trial.title, error)
+        self.trials.append(trial)
+        self.watch.began(trial)
+        self.search.tell(proposal, None)
+        self.tracker.log(trial)
+        self.watch.ended(trial)
+
+    def settle(self, trial: Trial, shard: Shard, future: Future) -> None:
+        """Account for a shard that ended one way or the other."""
+        trial.open_shards -= 1
+        error = future.exception()
+        if error is None:
+            self.ledger.add(future.result())
+            self.watch.made(trial, shard, future.result())
+        elif isinstance(error, CorruptShard):
+            log.warning("%s", error)
+            trial.damaged = True
+        elif isinstance(error, WorkerLost) and shard.stop - shard.start > 1:
+            log.warning("shard %s kills its workers; looking for the row that does", shard.name)
+            trial.open_shards += 2
+            self.backlog.add(((trial, half) for half in shard.halves()), first=True)
+        elif isinstance(error, WorkerLost):
+            log.error("row %d of %s kills its worker; it is set aside: %s", shard.start, trial.recipe.key, error)
+            self.store.quarantine(trial.recipe.key, shard.start, str(error))
+        else:
+            reason = f"shard {shard.name} failed: {type(error).__name__}: {error}"
+            log.error("%s. Reproduce here: solvus shard %s root=%s", reason, shard.name, shard.root)
+            trial.reason = trial.reason or reason
+        if trial.open_shards == 0:
+            self.finish(trial)
+
+    def finish(self, trial: Trial) -> None:
+        """Measure a trial whose shards are done, tell the search and the tracker."""
+        if trial.damaged and trial.attempts < MAX_ATTEMPTS:
+            trial.damaged = False
+            return self.plan(trial)
+        if not trial.reason:
+            try:
+                trial.values, trial.errors = measure(
+                    trial.recipe, self.study.metrics, trial.first_index, trial.stop, self.store
+                )
+            except CorruptShard as error:
+                log.warning("%s", error)
+                if trial.attempts < MAX_ATTEMPTS:
+                    return self.plan(trial)
+                trial.reason = str(error)
+            except (ValueError, KeyError) as error:
+                trial.reason = f"measuring failed: {error}"
+                log.error("%s: %s", trial.title, trial.reason)
+        aside = self.store.quarantined(trial.recipe.key)
+        trial.quarantined = {i: why for i, why in aside.items() if trial.first_index <= i < trial.stop}
+        trial.state = "failed" if trial.reason else "degraded" if trial.quarantined else "complete"
+        trial.cost = self.ledger.cost_of(trial.recipe, trial.first_index, trial.stop, self.store)
+        trial.commit = origin()["commit"]
+        self.search.tell(trial.proposal, None if trial.state == "failed" else trial.values)
+        self.tracker.log(trial)
+        self.watch.ended(trial)

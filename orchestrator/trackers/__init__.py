@@ -1,0 +1,1 @@
+"""Trackers that need no service."""

@@ -1,0 +1,139 @@
+"""What a worker does with a shard: generate, write, score. Runs in this process or in Ray actors."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from orchestrator import rows
+from orchestrator.plan import Shard
+from orchestrator.store import Store
+from tasks import run
+from tasks.recipe import Recipe
+
+
+@lru_cache(maxsize=8)
+def _store(root: str) -> Store:
+    return Store(root)
+
+
+@lru_cache(maxsize=1)
+def origin() -> dict[str, Any]:
+    """Which code and machine make rows here: recorded beside them, never part of a key."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    versions = {}
+    for package in ("solvus", "torch", "diffusers", "numpy", "pyarrow"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    return {"commit": commit, "machine": f"{platform.machine()}/{platform.node()}", "versions": versions}
+
+
+# Stages of one worker overlap, but only one at a time may use the accelerator (or, on a CPU, the one torch thread).
+_DEVICE = threading.Lock()
+
+Made = dict[str, Any]
+
+
+def _recipe(shard: Shard) -> Recipe:
+    """The shard's recipe.
+
+    Raises:
+        ValueError: the model is not the one that was planned with.
+    """
+    recipe = Recipe(**shard.recipe)
+    if recipe.key != shard.key:
+        raise ValueError(
+            f"the recipe of shard {shard.name} is {recipe.key} here: the model's weights changed since the study was "
+            "planned, or this worker has other ones. Run the study again."
+        )
+    return recipe
+
+
+def _trace(shard: Shard) -> None:
+    """With $SOLVUS_TRACE set, note every generation that begins, one line a shard: how wasted work is counted."""
+    path = os.environ.get("SOLVUS_TRACE")
+    if path:
+        with open(path, "a") as file:
+            file.write(f"{shard.name} {os.getpid()}\n")
+
+
+def generate(shard: Shard) -> Made:
+    """Stage 1, on the accelerator: the shard's columns, and what they cost. Reads them if they are there already."""
+    store, recipe = _store(shard.root), _recipe(shard)
+    cost = {"rows": 0, "nfe": 0, "reward_calls": 0, "generate_s": 0.0, "score_s": 0.0, "scored": 0}
+    if shard.rows:
+        with _DEVICE:
+            began = time.perf_counter()
+            _trace(shard)
+            columns = run.generate(recipe, shard.start, shard.stop, shard.isolated)
+            cost["generate_s"] = time.perf_counter() - began
+        cost["rows"] = shard.stop - shard.start
+        cost["nfe"], cost["reward_calls"] = int(columns["nfe"].sum()), int(columns["reward_calls"].sum())
+    else:
+        table = pa.concat_tables(store.read("rows", recipe.key, shard.start, shard.stop))
+        columns = {"x0": rows.samples(table, recipe.parts.model.shape), "label": rows.to_numpy(table["label"])}
+    return {"columns": columns, "cost": cost}
+
+
+def write(shard: Shard, made: Made) -> Made:
+    """Stage 2, on a CPU: encode the rows and commit them."""
+    if shard.rows:
+        store, recipe = _store(shard.root), Recipe(**shard.recipe)
+        model = recipe.parts.model
+        constants = {
+            "seed": recipe.seed,
+            "recipe": recipe.key,
+            "model_revision": model.revision,
+            "device": recipe.device,
+            "dtype": recipe.dtype,
+        }
+        table = rows.to_table(made["columns"], model.kind, constants)
+        store.put("rows", recipe.key, shard.start, shard.stop, table, dict(made["cost"]), origin())
+    return made
+
+
+def score(shard: Shard, made: Made) -> dict[str, Any]:
+    """Stage 3, where the scorers run: the missing columns. Returns the shard's whole cost."""
+    store, recipe, cost = _store(shard.root), Recipe(**shard.recipe), dict(made["cost"])
+    samples, labels = rows.as_stored(made["columns"]["x0"], recipe.parts.model.kind), made["columns"]["label"]
+    for scorer in shard.scorers:
+        with _DEVICE:
+            began = time.perf_counter()
+            values = run.score(scorer, samples, labels, shard.start, recipe.batch_size, recipe.device)
+            seconds = time.perf_counter() - began
+        cost["score_s"] += seconds
+        cost["scored"] += len(values)
+        ledger = {"score_s": seconds, "rows": len(values)}
+        table = rows.column_table(values, shard.start)
+        store.put("columns", recipe.column_key(scorer), shard.start, shard.stop, table, ledger, origin())
+    return cost
+
+
+def perform(shard: Shard) -> dict[str, Any]:
+    """Make what the shard lacks and commit it: the three stages one after another.
+
+    Returns:
+        its cost: rows made, network evaluations, reward calls, seconds of generating and of scoring.
+    """
+    return score(shard, write(shard, generate(shard)))
+
+
+# An executor with separate pools runs the stages where each belongs.
+STAGES: dict[str, Callable[..., Any]] = {"generate": generate, "write": write, "score": score}

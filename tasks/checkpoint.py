@@ -1,0 +1,205 @@
+"""A diffusers UNet kept in a folder: its configuration, schedule and weights, and the denoiser that they make."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks.processes import VP, Flow, GaussianProcess, to_x0
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+
+@lru_cache(maxsize=64)
+def _digest(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not fields")
+        return found
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path.parent} has no {path.name}, so it is not {what}. Give a folder made by save_pretrained."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as {what}: {error}. Save the model again.") from None
+
+
+class Checkpoint:
+    """A folder with a diffusers UNet2DModel: its configuration, its schedule and its weights, each read once.
+
+    Args:
+        folder: a pipeline folder (``unet/`` and ``scheduler/``) or a bare UNet folder.
+        scheduler: the scheduler configuration to use when the folder has none.
+
+    Raises:
+        ValueError: the folder is not such a checkpoint, or the weights are damaged or of another shape.
+    """
+
+    def __init__(self, folder: Path, scheduler: dict[str, Any] | None = None) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"model.path {str(folder)!r} is not a folder. Give one made by save_pretrained.")
+        self.unet = folder / "unet" if (folder / "unet").is_dir() else folder
+        self.config = _read_json(self.unet / "config.json", "a diffusers UNet")
+        if self.config.get("_class_name") != "UNet2DModel":
+            raise ValueError(
+                f"{self.unet / 'config.json'} describes a {self.config.get('_class_name')!r}, not a UNet2DModel."
+            )
+        saved = folder / "scheduler" / "scheduler_config.json"
+        if scheduler is None and not saved.exists():
+            raise ValueError(
+                f"{folder} has no scheduler/scheduler_config.json; set model.scheduler, for example "
+                "{beta_schedule: linear, prediction_type: epsilon}."
+            )
+        self.scheduler = scheduler if scheduler is not None else _read_json(saved, "a scheduler configuration")
+        for field in ("sample_size", "in_channels"):
+            if not self.config.get(field):
+                raise ValueError(f"{self.unet / 'config.json'} has no {field}. Save the model again.")
+        self._check_schedule()
+        self.weights = self.unet / "diffusion_pytorch_model.safetensors"
+        if not self.weights.is_file():
+            raise ValueError(f"{self.unet} has no diffusion_pytorch_model.safetensors; pickled weights are not loaded.")
+
+    def _check_schedule(self) -> None:
+        """Refuse a schedule that is not one of ours: sampling with another one gives numbers that look right."""
+        name = self.scheduler.get("_class_name", "DDPMScheduler")
+        if name.startswith(("EDM", "ScoreSde", "CMStochastic", "KarrasVe", "Cosine")):
+            raise ValueError(f"model.scheduler is a {name}, which has no beta schedule and is not a flow.")
+        for field in ("trained_betas", "rescale_betas_zero_snr"):
+            if self.scheduler.get(field):
+                raise ValueError(f"model.scheduler sets {field}, which changes the betas in a way not supported here.")
+        if isinstance(self.process, VP):
+            self.process.alpha(0.5)
+        to_x0(self.prediction, torch.zeros(1), torch.zeros(1), 0.5, 0.5)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        size = self.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return (self.config["in_channels"], height, width)
+
+    @property
+    def num_classes(self) -> int:
+        """Labels besides the last embedding, which means "no label"; 0 for an unconditional network."""
+        return max((self.config.get("num_class_embeds") or 0) - 1, 0)
+
+    @property
+    def process(self) -> GaussianProcess:
+        """The noising process that the scheduler configuration describes."""
+        steps = self.scheduler.get("num_train_timesteps", 1000)
+        if self.prediction == "flow":
+            return Flow(steps)
+        return VP(
+            self.scheduler.get("beta_schedule", "linear"),
+            self.scheduler.get("beta_start", 0.0001),
+            self.scheduler.get("beta_end", 0.02),
+            steps,
+        )
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts: epsilon, sample, v_prediction or flow."""
+        if "FlowMatch" in self.scheduler.get("_class_name", ""):
+            return "flow"
+        return self.scheduler.get("prediction_type", "epsilon")
+
+    @property
+    def revision(self) -> str:
+        """SHA-256 over the weights and both configurations."""
+        stat = self.weights.stat()
+        digest = _digest(str(self.weights), stat.st_size, stat.st_mtime_ns)
+        return hashlib.sha256(json.dumps([digest, self.config, self.scheduler], sort_keys=True).encode()).hexdigest()[
+            :16
+        ]
+
+    def network(self, device: str) -> torch.nn.Module:
+        """The UNet with its weights, in evaluation mode."""
+        import diffusers
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        net = diffusers.UNet2DModel.from_config(self.config)  # type: ignore[attr-defined]
+        try:
+            net.load_state_dict(load_file(self.weights))
+        except SafetensorError as error:
+            raise ValueError(f"{self.weights} is damaged: {error}. Save or copy the model again.") from None
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[1:2] or [str(error)]
+            raise ValueError(f"{self.weights} does not fit {self.unet / 'config.json'}: {first[0].strip()}") from None
+        return net.eval().requires_grad_(False).to(device)
+
+
+class UNetDenoiser:
+    """A UNet2DModel as a denoiser: turns its prediction into the posterior mean."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str) -> None:
+        self.process, self.prediction = checkpoint.process, checkpoint.prediction
+        self.shape, self.num_classes = checkpoint.shape, checkpoint.num_classes
+        self.network = checkpoint.network(device)
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, t: float, cond: Tensor | None = None) -> Tensor:
+        """E[x_0 | x_t = x], (B, C, H, W). ``cond`` holds labels; ``num_classes`` or None means none."""
+        if self.num_classes and cond is None:
+            cond = torch.full((len(x),), self.num_classes, dtype=torch.int64, device=x.device)
+        time = torch.full((len(x),), self.process.model_time(t), dtype=torch.float32, device=x.device)
+        output = self.network(x.float(), time, cond if self.num_classes else None).sample.to(x.dtype)
+        return to_x0(self.prediction, x, output, self.process.alpha(t), self.process.sigma(t))
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images in [-1, 1]."""
+        return x0.clamp(-1, 1)
+
+
+class FolderModel:
+    """What every model kept in a folder answers without loading its weights."""
+
+    kind = "image"
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The folder, checked."""
+        raise AssertionError
+
+    @property
+    def noising(self) -> GaussianProcess:
+        """The process object."""
+        return self.checkpoint.process
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return self.checkpoint.shape
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels, 0 when unconditional."""
+        return self.checkpoint.num_classes
+
+    @property
+    def revision(self) -> str:
+        """Hash of weights and configuration."""
+        return self.checkpoint.revision
+
+    def load(self, device: str) -> UNetDenoiser:
+        """The denoiser on a device."""
+        return UNetDenoiser(self.checkpoint, device)
+
+
+def digits_reference() -> tuple[Any, Any]:
+    """The digits in [-1, 1], (1797, 1, 8, 8), and their labels."""
+    from tasks.data import digits
+
+    return digits.images(), digits.labels()

@@ -1,0 +1,1 @@
+"""Rewards: one number per sample, larger is better."""

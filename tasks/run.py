@@ -1,0 +1,155 @@
+"""The two pure functions that workers run: ``generate`` (recipe, range -> rows) and ``score`` (rows -> a column).
+
+Rows are laid out in blocks by absolute index: block g always holds the same rows in the same places, whatever range was
+asked for, and a range that cuts a block computes the whole block and keeps its part. So the tensors that enter the
+network are the same for any shard size, worker or executor, and every row is a function of (recipe, index) bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from tasks import registry
+from tasks.noise import MAX_INDEX, RowNoise
+from tasks.recipe import Recipe, canonical
+from tasks.registry import Spec
+from tasks.sampler import CountedModel, CountedReward, Sampler
+from tasks.types import Model
+
+
+def use_one_thread() -> None:
+    """One torch thread a process: two on two busy cores make a step four times slower, and change its last bits."""
+    torch.set_num_threads(1)
+
+
+@lru_cache(maxsize=4)
+def _load(spec: str, device: str) -> Model:
+    return registry.models.build(json.loads(spec)).load(device)
+
+
+def load_model(recipe: Recipe) -> Model:
+    """The recipe's model, kept warm between calls of one process.
+
+    Raises:
+        ValueError: the device is missing, or the checkpoint is damaged.
+    """
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device here. Use device=cpu.")
+    return _load(canonical(recipe.model), recipe.device)
+
+
+def blocks(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
+    """(first index of a block, first and last index wanted of it) for every block that [start, stop) touches."""
+    for first in range(start - start % rows, stop, rows):
+        yield first, max(start, first), min(stop, first + rows)
+
+
+def rows_per_block(recipe: Recipe) -> int:
+    """Rows of one block: the batch divided among the particles of a row."""
+    return max(1, recipe.batch_size // recipe.parts.strategy.particles)
+
+
+def generate(
+    recipe: Recipe, start: int, stop: int, isolated: bool = False, progress: Callable[[int], None] | None = None
+) -> dict[str, np.ndarray]:
+    """Make the rows [start, stop) of a recipe.
+
+    Args:
+        recipe: what to make; checked.
+        start: first sample index.
+        stop: one past the last, at most 2^32.
+        isolated: fill the places of a block that were not asked for with copies of one that was, so that a row which
+            crashes its process cannot take its neighbours with it.
+        progress: called with the number of rows done after every block.
+
+    Returns:
+        columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``seconds``, ``x0``
+        (decoded, (B, *shape)), and the strategy's own.
+
+    Raises:
+        ValueError: a sample that is not finite, with its index.
+    """
+    if not 0 <= start < stop <= MAX_INDEX:
+        raise ValueError(f"sample indices must satisfy 0 <= start < stop <= {MAX_INDEX}, got [{start}, {stop}).")
+    use_one_thread()
+    device, parts = recipe.device, recipe.parts
+    grid, stock_steps = recipe.grid
+    base = load_model(recipe)
+    size = rows_per_block(recipe)
+    pieces: list[dict[str, np.ndarray]] = []
+    for first, low, high in blocks(start, stop, size):
+        began = time.perf_counter()
+        counted = CountedModel(base, recipe.batch_size)
+        places = [i if low <= i < high or not isolated else low for i in range(first, first + size)]
+        indices = torch.tensor(places, dtype=torch.int64, device=device)
+        labels = torch.tensor([recipe.label(i) for i in places], device=device)
+        cond = labels if base.num_classes else None
+        sampler = Sampler(parts.guidance.wrap(counted), parts.solver, grid, cond, stock_steps)
+        reward = None
+        if parts.strategy.uses_reward:
+            assert recipe.reward is not None
+            reward = CountedReward(parts.reward, recipe.reward["name"])
+        noise = RowNoise(recipe.seed, indices, dtype=getattr(torch, recipe.dtype))
+        with torch.no_grad():
+            result = parts.strategy(sampler, reward, noise)
+            x0 = base.decode(result.x0)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - began
+        keep = slice(low - first, high - first)
+        sample = x0[keep].cpu().numpy()
+        finite = np.isfinite(sample).reshape(len(sample), -1).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                f"sample {low + int(np.argmin(finite))} of {recipe.key} is not finite. The solver diverged or the "
+                "model overflowed: use a lower order, more steps or another grid."
+            )
+        count = high - low
+        columns: dict[str, np.ndarray] = {
+            "sample_id": np.arange(low, high, dtype=np.int64),
+            "label": np.where(recipe.has_labels, labels[keep].cpu().numpy(), -1).astype(np.int64),
+            "nfe": np.full(count, counted.rows // size, dtype=np.int32),
+            "reward_calls": np.full(count, 0 if reward is None else reward.rows // size, dtype=np.int32),
+            "seconds": np.full(count, elapsed / size, dtype=np.float32),
+            "x0": sample,
+        }
+        columns |= {name: value[keep].cpu().numpy() for name, value in result.columns.items()}
+        pieces.append(columns)
+        if progress is not None:
+            progress(high - start)
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def score(
+    scorer: Spec, samples: np.ndarray, labels: np.ndarray, start: int, batch_size: int, device: str
+) -> np.ndarray:
+    """One scorer over the rows [start, start + len(samples)): (B,) or (B, D) float32.
+
+    Batches are laid out by absolute index too, with empty places where rows are missing.
+
+    Raises:
+        ValueError: a value that is not finite, with its index.
+    """
+    use_one_thread()
+    plugin = registry.scorer(scorer)
+    pieces = []
+    stop = start + len(samples)
+    with torch.no_grad():
+        for first, low, high in blocks(start, stop, batch_size):
+            batch = np.zeros((batch_size, *samples.shape[1:]), dtype=samples.dtype)
+            cond = np.zeros(batch_size, dtype=np.int64)
+            batch[low - first : high - first] = samples[low - start : high - start]
+            cond[low - first : high - first] = np.maximum(labels[low - start : high - start], 0)
+            values = plugin(torch.from_numpy(batch).to(device), torch.from_numpy(cond).to(device))
+            pieces.append(values[low - first : high - first].cpu().numpy())
+    column = np.concatenate(pieces).astype(np.float32)
+    bad = ~np.isfinite(column).reshape(len(column), -1).all(axis=1)
+    if bad.any():
+        raise ValueError(f"scorer {scorer['name']} is not finite at sample {start + int(np.argmax(bad))}.")
+    return column

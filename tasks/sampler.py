@@ -1,0 +1,124 @@
+"""Sampler: model, solver, times and conditions in one object; all that a strategy sees. And the counters around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks.types import Model, Noise, State, reindex
+
+
+class CountedModel:
+    """Counts network evaluations, one per row and call, and bounds how many rows one call takes.
+
+    Guidance wraps this object, so that a method which asks twice is charged twice.
+    """
+
+    def __init__(self, model: Model, max_rows: int) -> None:
+        self._model, self._max_rows, self.rows = model, max_rows, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def denoise(self, x: Tensor, t: float, cond: Tensor | None) -> Tensor:
+        """The model's answer for any number of rows."""
+        self.rows += len(x)
+        if len(x) <= self._max_rows:
+            return self._model.denoise(x, t, cond)
+        parts = [
+            self._model.denoise(x[i : i + self._max_rows], t, None if cond is None else cond[i : i + self._max_rows])
+            for i in range(0, len(x), self._max_rows)
+        ]
+        return torch.cat(parts)
+
+
+class CountedReward:
+    """Counts reward calls, one per sample, and refuses answers that are no rewards."""
+
+    def __init__(self, scorer: Callable[[Tensor, Tensor | None], Tensor], name: str) -> None:
+        self._scorer, self._name, self.rows = scorer, name, 0
+
+    def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
+        self.rows += len(samples)
+        values = self._scorer(samples, cond)
+        if values.shape != (len(samples),):
+            raise ValueError(
+                f"reward {self._name} returned shape {tuple(values.shape)} for {len(samples)} samples; it must return "
+                "one number a sample."
+            )
+        if not torch.isfinite(values).all():
+            row = int((~torch.isfinite(values)).nonzero()[0])
+            raise ValueError(f"reward {self._name} returned {values[row].item()} for row {row} of a batch.")
+        return values
+
+
+@dataclass(frozen=True)
+class _Conditioned:
+    model: Model
+    cond: Tensor | None
+
+    @property
+    def process(self) -> Any:
+        return self.model.process
+
+    def denoise(self, x: Tensor, t: float) -> Tensor:
+        return self.model.denoise(x, t, self.cond)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Everything that it takes to run trajectories.
+
+    Attributes:
+        model: the denoiser, counted and guided.
+        solver: takes one step.
+        times: N+1 times; a stock scheduler's own grid may repeat one.
+        cond: labels of the rows, (B,) int64, or None.
+        stock_steps: the number of steps given to a stock scheduler that lays its own grid, else None.
+    """
+
+    model: Model
+    solver: Any
+    times: tuple[float, ...]
+    cond: Tensor | None = None
+    stock_steps: int | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """N."""
+        return len(self.times) - 1
+
+    def start(self, noise: Noise) -> State:
+        """The state at the first time, drawn from the prior."""
+        process = self.model.process
+        x = process.prior(self.model.shape, noise.at(-1), self.times[0])
+        memory = None
+        if hasattr(self.solver, "start"):
+            options = {} if self.stock_steps is None else {"stock_steps": self.stock_steps}
+            memory = self.solver.start(process, self.times, **options)
+        return State(x, None, memory, 0)
+
+    def step(self, state: State, noise: Noise) -> State:
+        """Step number ``state.step``."""
+        i = state.step
+        model = _Conditioned(self.model, self.cond)
+        return self.solver.step(model, state, self.times[i], self.times[i + 1], noise.at(i))
+
+    def run(self, noise: Noise) -> State:
+        """All steps of one trajectory a row."""
+        state = self.start(noise)
+        for _ in range(self.num_steps):
+            state = self.step(state, noise)
+        return state
+
+    def repeat(self, particles: int) -> Sampler:
+        """The same for B rows of K particles each, rows outermost."""
+        return replace(self, cond=None if self.cond is None else self.cond.repeat_interleave(particles))
+
+    def select(self, index: Tensor) -> Sampler:
+        """The same for other rows: the conditions follow the particles."""
+        return replace(self, cond=reindex(self.cond, index))

@@ -1,0 +1,1 @@
+"""Training of the embedded models: ``solvus train NAME`` makes the committed weights again."""

@@ -1,0 +1,150 @@
+"""The protocols of the science, and the plain data that passes between plug-ins.
+
+A plug-in is a frozen dataclass whose fields are its hyper-parameters; it satisfies one of these protocols by shape, not
+by inheritance. ``orchestrator/ports.py`` holds the three ports that face outward, and the search protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+
+class Noise(Protocol):
+    """Random numbers of a batch of rows; each row has its own stream (see ``tasks/noise.py``)."""
+
+    num_rows: int
+
+    def normal(self, shape: tuple[int, ...], purpose: str) -> Tensor: ...
+    def uniform(self, shape: tuple[int, ...], purpose: str) -> Tensor: ...
+    def at(self, step: int) -> Noise: ...
+    def slot(self, slot: int) -> Noise: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A loaded denoiser.
+
+    ``denoise(x, t, cond)`` is the posterior mean E[x_0 | x_t = x]: (B, *shape) for a Gaussian process, and (B, L, V)
+    class probabilities for a masked one. ``cond`` is (B,) int64 labels, where ``num_classes`` means "no label".
+    ``decode`` maps clean states to what is stored.
+    """
+
+    process: Any
+    shape: tuple[int, ...]
+    num_classes: int
+
+    def denoise(self, x: Tensor, t: float, cond: Tensor | None) -> Tensor: ...
+    def decode(self, x0: Tensor) -> Tensor: ...
+
+
+class Conditioned(Protocol):
+    """A model with its conditions already given: what a solver sees."""
+
+    process: Any
+
+    def denoise(self, x: Tensor, t: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class State:
+    """Where trajectories stand. Every tensor, inside ``memory`` too, has the particle axis first.
+
+    Attributes:
+        x: state at the current time, (B, *shape).
+        x0_hat: the last clean prediction, or None before the first evaluation.
+        memory: what a multistep solver remembers: any nest of tensors, tuples and dicts.
+        step: index of the step that comes next.
+    """
+
+    x: Tensor
+    x0_hat: Tensor | None = None
+    memory: Any = None
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a strategy returns: clean states (B, *shape) and further columns of its own, each (B,) or (B, N)."""
+
+    x0: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Solver(Protocol):
+    """One step from ``t`` to ``s < t``. Declares the ``process`` kind it can step and its ``order`` of accuracy."""
+
+    process: str
+    order: int
+    stochastic: bool
+
+    def step(self, model: Conditioned, state: State, t: float, s: float, noise: Noise) -> State: ...
+    def nfe(self, num_steps: int) -> int: ...
+
+
+class Times(Protocol):
+    """A discretisation: N+1 decreasing times from noise to data."""
+
+    num_steps: int
+
+    def __call__(self, process: Any) -> tuple[float, ...]: ...
+
+
+Reward = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class Strategy(Protocol):
+    """Decides how many trajectories run and which survive; owns the time loop."""
+
+    @property
+    def particles(self) -> int: ...
+    @property
+    def uses_reward(self) -> bool: ...
+    def __call__(self, sampler: Any, reward: Reward | None, noise: Noise) -> Samples: ...
+
+
+class Scorer(Protocol):
+    """One more column: ``(samples, cond) -> (B,)`` for a reward, ``(B, D)`` for features."""
+
+    def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor: ...
+
+
+Rows = Mapping[str, np.ndarray]
+
+
+class Metric(Protocol):
+    """Folds rows into a few numbers. Merging is associative, so shards just add up.
+
+    ``influence`` gives each row's first-order contribution to each value (mean zero): its spread divided by sqrt(n) is
+    the value's standard error (the infinitesimal jackknife), and differences of two trials' influences on the same
+    indices give the paired one.
+    """
+
+    def needs(self) -> tuple[Mapping[str, Any], ...]: ...
+    def summarize(self, rows: Rows) -> Any: ...
+    def merge(self, a: Any, b: Any) -> Any: ...
+    def compute(self, summary: Any, reference: Any) -> dict[str, float]: ...
+    def influence(self, summary: Any, reference: Any, rows: Rows) -> dict[str, np.ndarray]: ...
+
+
+def reindex(tree: Any, index: Tensor) -> Any:
+    """Keep, drop or copy particles: index the first axis of every tensor in a nest of containers.
+
+    The one function through which a strategy moves particles, so that no field can be forgotten. Objects with a
+    ``reindex`` method handle themselves; numbers, strings and None stay.
+    """
+    if isinstance(tree, Tensor):
+        return tree[index]
+    if hasattr(tree, "reindex"):
+        return tree.reindex(index)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{f.name: reindex(getattr(tree, f.name), index) for f in fields(tree)})
+    if isinstance(tree, Mapping):
+        return {key: reindex(value, index) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(reindex(value, index) for value in tree)
+    return tree

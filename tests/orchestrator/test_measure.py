@@ -1,0 +1,155 @@
+"""From rows to values: the same number whoever made the rows, and never one from fewer rows or from NaN."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator import measure, rows
+from orchestrator.plan import shards
+from orchestrator.store import CorruptShard, Store
+from orchestrator.worker import perform
+from tasks.metrics.frechet import Frechet
+from tasks.recipe import Recipe
+from tasks.registry import Spec
+from tasks.registry import metrics as metric_registry
+
+INK = {"name": "mean_reward", "reward": "ink"}
+FRECHET = {"name": "frechet", "features": "identity"}
+METRICS = [metric_registry.complete(spec) for spec in (FRECHET, INK, "cost")]
+
+
+def make(recipe: Recipe, root: Path, start: int, stop: int, size: int, metrics: list[Spec] = METRICS) -> Store:
+    store = Store(root)
+    for shard in shards(recipe, measure.scorers(metrics), start, stop, size, store):
+        perform(shard)
+    return store
+
+
+def test_values_and_errors_do_not_depend_on_shard_sizes_by_a_single_bit(
+    gmm: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "CHUNK", 32)
+    found = []
+    for size in (7, 16, 50, 1000):
+        store = make(gmm, tmp_path / str(size), 5, 105, size)
+        found.append(measure.measure(gmm, METRICS, 5, 105, store))
+    assert all(other == found[0] for other in found[1:])
+    assert set(found[0][0]) == set(found[0][1]) == {"quality/frechet", "reward/ink", "cost/nfe", "cost/reward_calls"}
+
+
+def test_chunks_have_fixed_sizes_whatever_the_shards_were(
+    gmm: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "CHUNK", 32)
+    store = make(gmm, tmp_path, 0, 100, 13)
+    found = list(measure.chunks(gmm, measure.scorers(METRICS), 0, 100, store))
+    assert [len(chunk["nfe"]) for chunk in found] == [32, 32, 32, 4]
+    assert np.concatenate([chunk["position"] for chunk in found]).tolist() == list(range(100))
+
+
+def test_values_are_what_the_rows_say(gmm: Recipe, tmp_path: Path) -> None:
+    store = make(gmm, tmp_path, 0, 64, 16)
+    x = np.concatenate([rows.samples(table, (2,)) for table in store.read("rows", gmm.key, 0, 64)]).astype(np.float64)
+    ink = (x.mean(axis=1) + 1) / 2
+    values, errors = measure.measure(gmm, METRICS, 0, 64, store)
+    assert values["reward/ink"] == pytest.approx(ink.mean(), rel=1e-6)
+    assert errors["reward/ink"] == pytest.approx(ink.std(ddof=1) / math.sqrt(64), rel=1e-5)
+    assert (values["cost/nfe"], errors["cost/nfe"], values["cost/reward_calls"]) == (4.0, 0.0, 0.0)
+
+
+def test_measured_values_are_kept_and_used_without_reading_rows(gmm: Recipe, tmp_path: Path) -> None:
+    store = make(gmm, tmp_path, 0, 32, 16)
+    first = measure.measure(gmm, METRICS, 0, 32, store)
+    shutil.rmtree(tmp_path / "store" / "rows")
+    shutil.rmtree(tmp_path / "store" / "columns")
+    assert measure.measure(gmm, METRICS, 0, 32, store) == first
+
+
+def test_kept_values_belong_to_one_range_and_one_set_of_metrics(gmm: Recipe, tmp_path: Path) -> None:
+    store = make(gmm, tmp_path, 0, 48, 16)
+    half, whole = measure.measure(gmm, METRICS, 0, 24, store), measure.measure(gmm, METRICS, 0, 48, store)
+    assert half[0]["reward/ink"] != whole[0]["reward/ink"]
+    assert set(measure.measure(gmm, METRICS[2:], 0, 48, store)[0]) == {"cost/nfe", "cost/reward_calls"}
+
+
+def test_damaged_kept_values_are_measured_again(gmm: Recipe, tmp_path: Path) -> None:
+    store = make(gmm, tmp_path, 0, 32, 16)
+    first = measure.measure(gmm, METRICS, 0, 32, store)
+    (path,) = (tmp_path / "store" / "values").rglob("*.json")
+    path.write_text(path.read_text().replace("1", "2"))
+    assert measure.measure(gmm, METRICS, 0, 32, store) == first
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_fewer_rows_than_asked_for_are_an_error(gmm: Recipe, tmp_path: Path, kind: str) -> None:
+    store = make(gmm, tmp_path, 0, 48, 16)
+    for path in (tmp_path / "store" / kind).rglob("0000000016-0000000032.json"):
+        path.unlink()
+    with pytest.raises((KeyError, ValueError)):
+        measure.measure(gmm, METRICS, 0, 48, store)
+    assert not list((tmp_path / "store").rglob("values/**/*.json"))
+
+
+def test_a_damaged_row_file_is_said_to_be_corrupt(gmm: Recipe, tmp_path: Path) -> None:
+    store = make(gmm, tmp_path, 0, 32, 16)
+    path = next((tmp_path / "store" / "rows").rglob("*.parquet"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptShard):
+        measure.measure(gmm, METRICS, 0, 32, store)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_an_error_and_is_not_kept(
+    gmm: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    store = make(gmm, tmp_path, 0, 32, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(Frechet, "compute", lambda self, summary, reference: {"quality/frechet": bad})
+        with pytest.raises(ValueError, match=r"quality/frechet is .*never counts as a result"):
+            measure.measure(gmm, METRICS, 0, 32, store)
+    assert math.isfinite(measure.measure(gmm, METRICS, 0, 32, store)[0]["quality/frechet"])
+
+
+def test_pairing_equal_indices_gives_a_smaller_standard_error(gmm: Recipe, tmp_path: Path) -> None:
+    other = gmm.override({"solver": "heun", "times.num_steps": 3})
+    for recipe in (gmm, other):
+        make(recipe, tmp_path, 0, 256, 128)
+    store = Store(tmp_path)
+    metric = METRICS[0]
+    effects = [measure.influences(r, metric, "quality/frechet", 0, 256, store) for r in (gmm, other)]
+    difference, paired = measure.paired_difference(*effects)
+    errors = [measure.measure(r, METRICS, 0, 256, store)[1]["quality/frechet"] for r in (gmm, other)]
+    values = [measure.measure(r, METRICS, 0, 256, store)[0]["quality/frechet"] for r in (gmm, other)]
+    assert difference == values[0] - values[1]
+    assert [e[1].std(ddof=1) / 16 for e in effects] == pytest.approx(errors, rel=1e-6)
+    assert 0 < paired < 0.5 * math.hypot(*errors)
+
+
+def test_the_difference_of_a_trial_with_itself_is_zero_without_doubt(gmm: Recipe, tmp_path: Path) -> None:
+    store = make(gmm, tmp_path, 0, 32, 32)
+    effect = measure.influences(gmm, METRICS[0], "quality/frechet", 0, 32, store)
+    assert measure.paired_difference(effect, effect) == (0.0, 0.0)
+
+
+def test_the_reference_is_made_once_for_a_model(gmm: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    first = measure.reference(gmm, METRICS[0], store)
+    monkeypatch.setattr(Frechet, "reference", lambda *_: pytest.fail("made again"))
+    again = measure.reference(Recipe(**asdict(gmm) | {"seed": 5}), METRICS[0], store)
+    assert first is not None and again is not None
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    with pytest.raises(pytest.fail.Exception):
+        measure.reference(gmm.override({"model.seed": 1}), METRICS[0], store)
+
+
+def test_scorers_that_two_metrics_share_are_listed_once() -> None:
+    specs = [metric_registry.complete(spec) for spec in (FRECHET, {"name": "kid", "features": "identity"}, INK)]
+    assert [spec["name"] for spec in measure.scorers(specs)] == ["identity", "ink"]

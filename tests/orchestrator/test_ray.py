@@ -1,0 +1,163 @@
+"""Ray decides where and nothing else: the same rows, the same errors, and a lost worker costs only its task."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from orchestrator import rows
+from orchestrator.adapters.ray_executor import RayExecutor
+from orchestrator.ports import WorkerLost
+from orchestrator.store import CorruptShard, Store
+from orchestrator.study import Study
+from orchestrator.worker import perform
+from tasks.recipe import Recipe
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Any]:
+    """A pool of one worker that starts Ray and ends it."""
+    assert not ray.is_initialized()
+    pool = RayExecutor(workers=1).start()
+    yield pool
+    pool.close()
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def two(one: Any) -> Iterator[Any]:
+    """A pool of two workers that joins it."""
+    pool = RayExecutor(workers=2, cpus=0.0).start()
+    yield pool
+    pool.close()
+    assert ray.is_initialized()
+
+
+def samples(study: Study, recipe: Recipe) -> np.ndarray:
+    tables = Store(study.root).read("rows", recipe.key, 0, study.num_samples)
+    return np.concatenate([rows.samples(table, recipe.parts.model.shape) for table in tables])
+
+
+def kills_its_worker(folder: Path, times: int, work: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``work``, but the first so many calls of all take their process with them."""
+
+    def fragile(task: Any) -> Any:
+        for attempt in range(times):
+            try:
+                (folder / f"attempt-{attempt}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            os.kill(os.getpid(), signal.SIGKILL)
+        return work(task)
+
+    return fragile
+
+
+class Through:
+    """An executor that runs another function on the same workers."""
+
+    def __init__(self, pool: Any, function: Callable[[Any], Any]) -> None:
+        self.slots, self._pool, self._function = pool.slots, pool, function
+
+    def submit(self, function: Callable[[Any], Any], task: Any) -> Future:
+        return self._pool.submit(self._function, task)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize(
+    ("workers", "model", "size"), [("one", "gmm", 16), ("two", "gmm", 16), ("two", "gmm", 23), ("two", "digits", 23)]
+)
+def test_rows_and_values_are_those_of_this_process_bit_for_bit(
+    make_study: Callable, launch: Callable, tmp_path: Path, request: pytest.FixtureRequest,
+    workers: str, model: str, size: int,
+) -> None:  # fmt: skip
+    recipe = Recipe(model, "heun", "uniform", "none", "single", batch_size=16).completed()  # type: ignore[arg-type]
+    recipe = recipe.override({"times.num_steps": 2})
+    here = make_study(recipe=recipe, num_samples=80, shard_size=40, root=str(tmp_path / "here"))
+    there = make_study(recipe=recipe, num_samples=80, shard_size=size, root=str(tmp_path / "there"))
+    local = launch(here)
+    remote = launch(there, request.getfixturevalue(workers))
+    assert remote.trials[0].state == "complete", remote.trials[0].reason
+    assert np.array_equal(samples(here, recipe), samples(there, recipe))
+    assert (remote.trials[0].values, remote.trials[0].errors) == (local.trials[0].values, local.trials[0].errors)
+    assert remote.ledger.spent["rows"] == 80 and remote.ledger.spent["nfe"] == local.ledger.spent["nfe"]
+
+
+def test_results_come_back_each_to_its_own_future(two: Any) -> None:
+    futures = [two.submit(lambda n: n * n, n) for n in range(20)]
+    assert [future.result(30) for future in futures] == [n * n for n in range(20)]
+
+
+def test_a_worker_is_a_long_lived_process(one: Any) -> None:
+    assert len({one.submit(lambda _: os.getpid(), None).result(30) for _ in range(5)} - {os.getpid()}) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("no such thing"), CorruptShard("bits flipped"), ZeroDivisionError("0/0")])
+def test_an_exception_is_not_retried_and_surfaces_with_its_own_type(one: Any, tmp_path: Path, error: Exception) -> None:
+    def fails(folder: Path) -> None:
+        with open(folder / "calls", "a") as file:
+            file.write("called\n")
+        raise error
+
+    future = one.submit(fails, tmp_path)
+    with pytest.raises(type(error), match=str(error)):
+        future.result(30)
+    assert (tmp_path / "calls").read_text() == "called\n"
+    assert one.submit(lambda n: n + 1, 1).result(30) == 2  # the worker goes on
+
+
+def test_a_failing_shard_fails_its_trial_and_the_others_continue(
+    make_study: Callable, launch: Callable, two: Any
+) -> None:
+    def fails_once(shard: Any) -> Any:
+        if shard.start == 16:
+            raise RuntimeError("the device fell off")
+        return perform(shard)
+
+    done = launch(make_study(num_samples=48), Through(two, fails_once))
+    assert done.trials[0].state == "failed"
+    assert done.trials[0].reason.endswith("/16-32 failed: RuntimeError: the device fell off")
+    assert [(r.start, r.stop) for r in done.store.committed("rows", done.trials[0].recipe.key)] == [(0, 16), (32, 48)]
+
+
+def test_a_killed_workers_task_runs_again_and_the_study_completes(
+    make_study: Callable, launch: Callable, one: Any, tmp_path: Path
+) -> None:
+    done = launch(make_study(num_samples=48), Through(one, kills_its_worker(tmp_path, 1, perform)))
+    assert (tmp_path / "attempt-0").exists()
+    assert done.trials[0].state == "complete", done.trials[0].reason
+    whole = launch(make_study(num_samples=48, root=str(tmp_path / "undisturbed")))
+    assert done.trials[0].values == whole.trials[0].values
+    assert done.store.verify()[1] == []
+
+
+def test_a_task_that_always_kills_its_worker_is_given_up_after_the_losses_that_are_allowed(
+    one: Any, tmp_path: Path
+) -> None:
+    pool = RayExecutor(workers=1, cpus=0.0, max_losses=2).start()
+    try:
+        future = pool.submit(kills_its_worker(tmp_path, 99, lambda _: None), None)
+        with pytest.raises(WorkerLost, match="died 2 times"):
+            future.result(60)
+        assert len(list(tmp_path.iterdir())) == 2
+        assert pool.submit(lambda n: n + 1, 1).result(60) == 2
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("fields", [{"workers": -1}, {"max_losses": 0}, {"cpus": -1.0}, {"gpus": -0.5}])
+def test_impossible_resources_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="executor"):
+        RayExecutor(**fields)

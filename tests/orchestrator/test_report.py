@@ -1,0 +1,182 @@
+"""The report: one file that opens without a network, says what is there, and never lets text become markup."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dashboards.report import build
+from orchestrator.results import Results
+
+Solvus = Callable[..., Any]
+EVIL = "<script>alert('x')</script><img src=http://evil.example/a.png>"
+
+
+class Page(HTMLParser):
+    """What a browser would load and show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text, self.loads, self.tags, self.inside = "", [], [], ""  # type: ignore[var-annotated]
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.inside = tag
+        given = {name: value or "" for name, value in attrs}
+        for attribute in ("src", "href", "srcset", "poster", "data", "action"):
+            if attribute in given and tag != "a":
+                self.loads.append(given[attribute])
+        self.loads += re.findall(r"url\(([^)]*)\)", given.get("style", ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "style":
+            self.loads += re.findall(r"url\(([^)]*)\)|@import", data)
+        elif self.inside != "script":
+            self.text += data + " "
+
+
+def rendered(root: Path, name: str = "tiny") -> Page:
+    return Page(Path(build.write(str(root), name)).read_text())
+
+
+def edit(root: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    path = root / "studies" / "tiny" / "trials.parquet"
+    pq.write_table(pa.Table.from_pylist(change(pq.read_table(path).to_pylist())), path)
+
+
+def configure(root: Path, **changes: Any) -> None:
+    path = root / "studies" / "tiny" / "study.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished root that a test may change."""
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_finished_study_is_one_file_that_loads_nothing_from_a_network(root: Path) -> None:
+    page = rendered(root)
+    assert [path.name for path in (root / "studies" / "tiny").glob("*.html")] == ["report.html"]
+    assert [target for target in page.loads if not target.startswith(("data:", "#"))] == []
+    assert "script" in page.tags  # the figures' library is inside
+
+
+def test_the_page_says_question_state_values_costs_and_commit(root: Path) -> None:
+    text = rendered(root).text
+    (first, *_) = Results(str(root), "tiny").trials()
+    assert "Which solver is closest" in text and "complete" in text
+    assert f"{first['value/quality/frechet']:.4g}" in text
+    assert first["commit"] in text
+    assert "network evaluations" in text and "Quality against cost" in text
+
+
+def test_the_page_names_the_winner_at_every_cost(root: Path) -> None:
+    text = rendered(root).text
+    table = Results(str(root), "tiny").trials()
+    for nfe in (3, 5):
+        best = min((row for row in table if row["nfe"] == nfe), key=lambda row: row["value/quality/frechet"])
+        solver = {"ddim": "DDIM", "heun": "Heun"}[json.loads(best["recipe"])["solver"]["name"]]
+        assert f"At {nfe} evaluations: {solver} with the uniform grid, {best['value/quality/frechet']:.3f} ±" in text
+
+
+def test_a_study_without_results_has_a_page_that_says_so(root: Path) -> None:
+    (root / "studies" / "tiny" / "trials.parquet").unlink()
+    page = rendered(root)
+    assert "no trials yet" in page.text and "solvus run study=tiny" in page.text
+    assert "script" not in page.tags
+
+
+def test_a_study_of_no_trials_has_a_page(root: Path, solvus: Solvus) -> None:
+    edit(root, lambda table: [])
+    assert "no trials yet" in rendered(root).text
+
+
+def test_half_a_study_shows_what_is_there_and_what_failed(root: Path) -> None:
+    def half(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for row in table[2:]:
+            row |= {name: None for name in row if name.startswith(("value/", "se/"))}
+            row |= {"state": "failed", "reason": f"shard abc failed: {EVIL}"}
+        table[3] |= {"state": "running", "reason": ""}
+        return table
+
+    edit(root, half)
+    page = rendered(root)
+    assert "Failed trials" in page.text and f"shard abc failed: {EVIL}" in page.text
+    assert "running" in page.text
+    assert "Trials" in page.text and "What came out" in page.text
+    assert page.loads == []
+
+
+def test_a_study_of_failures_only_has_a_page(root: Path) -> None:
+    def broken(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        keep = [{k: v for k, v in row.items() if not k.startswith(("value/", "se/"))} for row in table]
+        return [row | {"state": "failed", "reason": "it broke"} for row in keep]
+
+    edit(root, broken)
+    page = rendered(root)
+    assert "it broke" in page.text and "What came out" not in page.text
+
+
+def test_text_from_people_never_becomes_markup(root: Path) -> None:
+    configure(root, question=EVIL, name=EVIL)
+
+    def evil(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row | {"part": EVIL, "title": EVIL, "commit": EVIL} for row in table]
+
+    before = rendered(root)
+    edit(root, evil)
+    page = rendered(root)
+    assert page.text.count("alert('x')") >= 4
+    assert page.tags.count("img") == before.tags.count("img")
+    assert [target for target in page.loads if "evil" in target] == []
+    raw = (root / "studies" / "tiny" / "report.html").read_text()
+    assert "<script>alert" not in raw and "<img src=http" not in raw
+
+
+def test_rows_that_are_gone_cost_pictures_and_pairing_not_the_page(root: Path) -> None:
+    shutil.rmtree(root / "store" / "rows")
+    shutil.rmtree(root / "store" / "columns")
+    page = rendered(root)
+    assert "At 3 evaluations" in page.text and "Trials" in page.text
+
+
+def test_damaged_rows_cost_pairing_not_the_page(root: Path) -> None:
+    for path in (root / "store" / "columns").rglob("*.parquet"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    assert "At 3 evaluations" in rendered(root).text
+
+
+def test_mixed_commits_are_pointed_out(root: Path) -> None:
+    assert "mixes commits" not in rendered(root).text
+    edit(root, lambda table: [row | {"commit": f"commit-{i % 2}"} for i, row in enumerate(table)])
+    text = rendered(root).text
+    assert "mixes commits" in text and "commit-0, commit-1" in text
+
+
+def test_image_studies_show_the_same_samples_of_every_trial(solvus: Solvus, tmp_path: Path) -> None:
+    argv = ["model=digits", "name=pictures", "metrics=[frechet]", "num_samples=80", "batch_size=80", "nfe=1"]
+    done = solvus("run", *argv, "search=grid", "search.space={solver:[ddim,euler]}", "tracker=none", f"root={tmp_path}")
+    assert done.code == 0, done.out
+    page = rendered(tmp_path, "pictures")
+    assert page.tags.count("img") == 2 * build.GRID_COLUMNS
+    pictures = [target for target in page.loads if target.startswith("data:image/png;base64,")]
+    assert len(pictures) == 40
+    assert pictures[:20] == pictures[20:]  # DDIM without noise is Euler
