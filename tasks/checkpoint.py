@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.processes import VP, Flow, GaussianProcess, to_x0
+from tasks.processes import VP, Flow, GaussianProcess, Time, expand, to_x0
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
@@ -150,13 +150,14 @@ class UNetDenoiser:
         self.network = checkpoint.network(device)
 
     @torch.no_grad()
-    def denoise(self, x: Tensor, t: float, cond: Tensor | None = None) -> Tensor:
+    def denoise(self, x: Tensor, t: Time, cond: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t = x], (B, C, H, W). ``cond`` holds labels; ``num_classes`` or None means none."""
         if self.num_classes and cond is None:
             cond = torch.full((len(x),), self.num_classes, dtype=torch.int64, device=x.device)
-        time = torch.full((len(x),), self.process.model_time(t), dtype=torch.float32, device=x.device)
-        output = self.network(x.float(), time, cond if self.num_classes else None).sample.to(x.dtype)
-        return to_x0(self.prediction, x, output, self.process.alpha(t), self.process.sigma(t))
+        time = torch.zeros(len(x), dtype=torch.float32, device=x.device) + self.process.model_time(t)
+        output = self.network(x.float(), time.float(), cond if self.num_classes else None).sample.to(x.dtype)
+        alpha, sigma = expand(self.process.alpha(t), x), expand(self.process.sigma(t), x)
+        return to_x0(self.prediction, x, output, alpha, sigma)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Images in [-1, 1]."""

@@ -38,6 +38,13 @@ def _on_arrays(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     return wrapped
 
 
+def expand(value: Time, x: Tensor) -> Any:
+    """A number, or numbers of rows (B,), shaped to multiply states (B, *shape) in their dtype."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
 class _Gaussian:
     """What every Gaussian process shares once ``alpha`` and ``sigma`` are known."""
 

@@ -24,14 +24,15 @@ class CountedModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def denoise(self, x: Tensor, t: float, cond: Tensor | None) -> Tensor:
+    def denoise(self, x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor:
         """The model's answer for any number of rows."""
         self.rows += len(x)
         if len(x) <= self._max_rows:
             return self._model.denoise(x, t, cond)
+        places = [slice(i, i + self._max_rows) for i in range(0, len(x), self._max_rows)]
         parts = [
-            self._model.denoise(x[i : i + self._max_rows], t, None if cond is None else cond[i : i + self._max_rows])
-            for i in range(0, len(x), self._max_rows)
+            self._model.denoise(x[p], t[p] if isinstance(t, Tensor) else t, None if cond is None else cond[p])
+            for p in places
         ]
         return torch.cat(parts)
 
@@ -65,7 +66,7 @@ class _Conditioned:
     def process(self) -> Any:
         return self.model.process
 
-    def denoise(self, x: Tensor, t: float) -> Tensor:
+    def denoise(self, x: Tensor, t: float | Tensor) -> Tensor:
         return self.model.denoise(x, t, self.cond)
 
 

@@ -31,14 +31,14 @@ class Model(Protocol):
 
     ``denoise(x, t, cond)`` is the posterior mean E[x_0 | x_t = x]: (B, *shape) for a Gaussian process, and (B, L, V)
     class probabilities for a masked one. ``cond`` is (B,) int64 labels, where ``num_classes`` means "no label".
-    ``decode`` maps clean states to what is stored.
+    ``t`` is one time, or a float64 tensor with one time a row, (B,). ``decode`` maps clean states to what is stored.
     """
 
     process: Any
     shape: tuple[int, ...]
     num_classes: int
 
-    def denoise(self, x: Tensor, t: float, cond: Tensor | None) -> Tensor: ...
+    def denoise(self, x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor: ...
     def decode(self, x0: Tensor) -> Tensor: ...
 
 
@@ -47,7 +47,7 @@ class Conditioned(Protocol):
 
     process: Any
 
-    def denoise(self, x: Tensor, t: float) -> Tensor: ...
+    def denoise(self, x: Tensor, t: float | Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)

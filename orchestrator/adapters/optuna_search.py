@@ -280,6 +280,7 @@ class Leases:
     """Who works on which trial: a mark with an owner and an end, renewed by a thread while its owner lives."""
 
     ATTRIBUTE = "solvus.lease"
+    GRACE_S = 15.0  # between asking for a trial and marking it
 
     def __init__(self, study: Any, lease_s: float = 120.0) -> None:
         self._study, self._lease_s = study, lease_s
@@ -292,7 +293,9 @@ class Leases:
     def is_free(self, trial: Any) -> bool:
         """Whether nobody alive holds this RUNNING trial."""
         lease = trial.user_attrs.get(self.ATTRIBUTE)
-        if lease is None or lease["until"] < time.time():
+        if lease is None:  # its launch marks it next, unless it died in between
+            return time.time() - trial.datetime_start.timestamp() > self.GRACE_S
+        if lease["until"] < time.time():
             return True
         if lease["host"] == self._owner["host"] and lease["launch"] != self._owner["launch"]:
             return not is_alive(lease["pid"]) or lease["pid"] == self._owner["pid"]

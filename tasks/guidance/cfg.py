@@ -44,7 +44,7 @@ class _Guided:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def denoise(self, x: Tensor, t: float, cond: Tensor | None) -> Tensor:
+    def denoise(self, x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor:
         if cond is None:
             raise ValueError("classifier-free guidance needs labels, but this row has none. Set labels=cycle.")
         unconditional = self._model.denoise(x, t, torch.full_like(cond, self._model.num_classes))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.processes import EDM, VP, Flow, GaussianProcess, from_x0
+from tasks.processes import EDM, VP, Flow, GaussianProcess, Time, expand, from_x0
 from tasks.registry import models, unknown
 
 PROCESSES: dict[str, GaussianProcess] = {"vp": VP(), "edm": EDM(), "flow": Flow()}
@@ -165,11 +165,12 @@ class MixtureDenoiser:
         self._values = torch.from_numpy(values).to(device)  # (K, D)
         self._vectors = torch.from_numpy(vectors).to(device)  # (K, D, D), columns are eigenvectors
 
-    def _posterior(self, x: Tensor, t: float, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _posterior(self, x: Tensor, t: Time, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log of the joint density of x and each component (B, K), and component posterior means (B, K, D)."""
-        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        variance = alpha**2 * self._values + sigma**2  # (K, D)
-        centred = x.double()[:, None, :] - alpha * self._means  # (B, K, D)
+        wide = x.double()[:, None, :]  # (B, 1, D)
+        alpha, sigma = expand(self.process.alpha(t), wide), expand(self.process.sigma(t), wide)
+        variance = alpha**2 * self._values + sigma**2  # (K, D), or (B, K, D) for a time a row
+        centred = wide - alpha * self._means  # (B, K, D)
         rotated = torch.einsum("bki,kij->bkj", centred, self._vectors)
         logits = self._log_w - 0.5 * (torch.log(variance).sum(-1) + (rotated**2 / variance).sum(-1))
         if cond is not None and self.num_classes:
@@ -179,19 +180,19 @@ class MixtureDenoiser:
         shrunk = rotated * (alpha * self._values / variance)
         return logits, self._means + torch.einsum("bkj,kij->bki", shrunk, self._vectors)
 
-    def denoise(self, x: Tensor, t: float, cond: Tensor | None = None) -> Tensor:
+    def denoise(self, x: Tensor, t: Time, cond: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t = x], (B, D)."""
         logits, means = self._posterior(x, t, cond)
         return torch.einsum("bk,bkd->bd", torch.softmax(logits, dim=-1), means).to(x.dtype)
 
-    def log_density(self, x: Tensor, t: float, cond: Tensor | None = None) -> Tensor:
+    def log_density(self, x: Tensor, t: Time, cond: Tensor | None = None) -> Tensor:
         """log p_t(x), (B,) float64."""
         logits, _ = self._posterior(x, t, cond)
         return torch.logsumexp(logits, dim=-1) - 0.5 * x.shape[1] * float(np.log(2 * np.pi))
 
-    def score(self, x: Tensor, t: float, cond: Tensor | None = None) -> Tensor:
+    def score(self, x: Tensor, t: Time, cond: Tensor | None = None) -> Tensor:
         """grad log p_t(x), (B, D)."""
-        return from_x0("score", x, self.denoise(x, t, cond), self.process.alpha(t), self.process.sigma(t))
+        return from_x0("score", x, self.denoise(x, t, cond), expand(self.process.alpha(t), x), expand(self.process.sigma(t), x))
 
     def decode(self, x0: Tensor) -> Tensor:
         """The state itself."""

@@ -247,3 +247,21 @@ def test_a_bad_space_is_refused_before_anything_runs(name: str, kind: str) -> No
 def test_proposals_belong_to_their_part(tmp_path: Path) -> None:
     proposal: Proposal = start(tmp_path, spec(part="search")).ask()
     assert proposal.part == "search"
+
+
+def test_a_trial_that_another_launch_has_only_just_asked_for_is_left_to_it(
+    tmp_path: Path, stored: Callable[[Any], optuna.Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start(tmp_path, DESCRIBED)
+    proposal = first.ask()
+    study = stored(first)
+    study.ask()  # another launch, between asking for its trial and marking it as its own
+    second = start(tmp_path, DESCRIBED)
+    assert second.ask() is not None
+    assert [t.state.name for t in study.trials][:2] == ["RUNNING", "RUNNING"]
+    first.tell(proposal, {LOSS: 1.0})
+    monkeypatch.setattr("orchestrator.adapters.optuna_search.Leases.GRACE_S", -1.0)
+    third = start(tmp_path, DESCRIBED)
+    third.tell(third.ask(), {LOSS: 1.0})  # the finished one, replayed
+    third.ask()
+    assert study.trials[1].state.name == "FAIL"  # its launch is taken to have died without having any parameters
