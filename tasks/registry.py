@@ -168,6 +168,7 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
 
 models = Registry("model", "tasks.models")
 solvers = Registry("solver", "tasks.solvers")
+hooks = Registry("hook", "tasks.hooks")
 times = Registry("times", "tasks.times")
 guidance = Registry("guidance", "tasks.guidance")
 strategies = Registry("strategy", "tasks.strategies")
@@ -178,6 +179,7 @@ metrics = Registry("metric", "tasks.metrics")
 ALL: dict[str, Registry] = {
     "model": models,
     "solver": solvers,
+    "hook": hooks,
     "times": times,
     "guidance": guidance,
     "strategy": strategies,

@@ -26,12 +26,26 @@ class CountedModel:
 
     def denoise(self, x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor:
         """The model's answer for any number of rows."""
+        return self._call(self._model.denoise, x, (t,), cond)
+
+    @property
+    def maps(self) -> bool:
+        """Whether the model has a flow map."""
+        return hasattr(self._model, "flow_map")
+
+    def flow_map(self, x: Tensor, t: float | Tensor, s: float | Tensor, cond: Tensor | None) -> Tensor:
+        """The model's flow map for any number of rows; an evaluation like any other."""
+        return self._call(self._model.flow_map, x, (t, s), cond)  # type: ignore[attr-defined]
+
+    def _call(
+        self, function: Callable[..., Tensor], x: Tensor, times: tuple[float | Tensor, ...], cond: Tensor | None
+    ) -> Tensor:
         self.rows += len(x)
         if len(x) <= self._max_rows:
-            return self._model.denoise(x, t, cond)
+            return function(x, *times, cond)
         places = [slice(i, i + self._max_rows) for i in range(0, len(x), self._max_rows)]
         parts = [
-            self._model.denoise(x[p], t[p] if isinstance(t, Tensor) else t, None if cond is None else cond[p])
+            function(x[p], *(t[p] if isinstance(t, Tensor) else t for t in times), None if cond is None else cond[p])
             for p in places
         ]
         return torch.cat(parts)
@@ -68,6 +82,14 @@ class _Conditioned:
 
     def denoise(self, x: Tensor, t: float | Tensor) -> Tensor:
         return self.model.denoise(x, t, self.cond)
+
+    @property
+    def maps(self) -> bool:
+        # Asked of the class: guidance hands unknown names on to the model inside, whose map is not the guided one.
+        return hasattr(type(self.model), "flow_map") and getattr(self.model, "maps", True)
+
+    def flow_map(self, x: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
+        return self.model.flow_map(x, t, s, self.cond)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,12 @@ class GMM:
         return "exact"
 
     @property
+    def gives(self) -> tuple[str, ...]:
+        """The posterior mean; for one component, whose flow is linear, also the flow map and so its end."""
+        one = len(self.parameters[0]) == 1
+        return ("posterior_mean", "flow_end", "flow_map") if one else ("posterior_mean",)
+
+    @property
     def noising(self) -> GaussianProcess:
         """The process object."""
         return PROCESSES[self.process]
@@ -150,7 +156,8 @@ class GMM:
 
     def load(self, device: str) -> MixtureDenoiser:
         """The denoiser on a device."""
-        return MixtureDenoiser(self, torch.device(device))
+        kind = GaussianDenoiser if len(self.parameters[0]) == 1 else MixtureDenoiser
+        return kind(self, torch.device(device))
 
 
 class MixtureDenoiser:
@@ -197,3 +204,20 @@ class MixtureDenoiser:
     def decode(self, x0: Tensor) -> Tensor:
         """The state itself."""
         return x0
+
+
+class GaussianDenoiser(MixtureDenoiser):
+    """The exact denoiser of one component, whose probability-flow ODE has a closed solution too."""
+
+    def flow_map(self, x: Tensor, t: Time, s: Time, cond: Tensor | None = None) -> Tensor:
+        """Where the probability-flow ODE carries x from time t to time s, (B, D).
+
+        ``x_s = alpha_s m + sum_k sqrt((alpha_s^2 v_k + sigma_s^2) / (alpha_t^2 v_k + sigma_t^2)) u_k u_k^T (x - alpha_t
+        m)`` with the eigenpairs (v_k, u_k) of the covariance: every direction keeps its quantile.
+        """
+        wide, mean, values, vectors = x.double(), self._means[0], self._values[0], self._vectors[0]
+        alpha_t, sigma_t = expand(self.process.alpha(t), wide), expand(self.process.sigma(t), wide)
+        alpha_s, sigma_s = expand(self.process.alpha(s), wide), expand(self.process.sigma(s), wide)
+        stretch = ((alpha_s**2 * values + sigma_s**2) / (alpha_t**2 * values + sigma_t**2)) ** 0.5
+        rotated = ((wide - alpha_t * mean) @ vectors) * stretch
+        return (alpha_s * mean + rotated @ vectors.T).to(x.dtype)
