@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from orchestrator.exits import COMPLETE, INTERRUPTED, TERMINATED, USAGE, Terminated
 
 EPILOG = """\
-overrides use Hydra's grammar: KEY=VALUE, GROUP=PLUGIN, DOTTED.PATH=VALUE. Keys: study model solver times guidance
-strategy reward metrics search num_samples batch_size seed executor tracker root nfe, and fields below them.
+overrides use Hydra's grammar: KEY=VALUE, GROUP=PLUGIN, DOTTED.PATH=VALUE. Keys: study model solver times initial
+guidance strategy reward metrics search num_samples batch_size seed executor tracker root nfe schedule and below.
 
 examples:
   solvus run study=quickstart
@@ -79,12 +79,21 @@ def parser() -> argparse.ArgumentParser:
                          "search, executor, tracker or study")  # fmt: skip
     show = verb("show", "a plug-in's summary, fields, defaults and reference")
     show.add_argument("name")
-    train = verb("train", "train an embedded model again: digits, digits_flow, digits_classifier")
+    train = verb("train", "train an embedded model again: digits, digits_flow, digits_classifier, digits_consistency")
     train.add_argument("name")
     train.add_argument("--steps", type=int, help="optimiser steps")
     train.add_argument("--batch-size", type=int, help="images of a step")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--out", metavar="DIR", help="where to save; the package's own weights when left out")
+    likelihood = verb(
+        "likelihood", "how likely a model finds its reference data, in nats and in bits per dimension", True
+    )
+    likelihood.add_argument("--exact", action="store_true", help="the exact trace, D directions instead of random ones")
+    likelihood.add_argument("--probes", type=int, help="random directions of Hutchinson's estimator (default 1)")
+    likelihood.add_argument("--steps", type=int, default=40, help="integration steps, even (default 40)")
+    likelihood.add_argument("--t-min", type=float, metavar="T", help="where the ODE starts (default the process's own)")
+    likelihood.add_argument("--bin-width", type=float, metavar="W", help="of the data (default 2/16 for the digits)")
+    likelihood.add_argument("--as-is", action="store_true", help="the density at the data as they are, not dequantised")
     ui = verb("ui", "MLflow's pages and optuna-dashboard over a root, on this machine only", True)
     ui.add_argument("--port", type=int, default=5000, help="MLflow's port (default 5000)")
     ui.add_argument("--optuna-port", type=int, default=8080, help="optuna-dashboard's port (default 8080)")

@@ -18,11 +18,12 @@ from orchestrator.study import Study
 from tasks.recipe import PLAIN, PLUGINS, Recipe
 from tasks.registry import metrics as metric_registry
 from tasks.registry import unknown
+from tasks.schedule import SolverSchedule
 
-GROUPS = ("model", "solver", "times", "guidance", "strategy", "reward", "search", "executor", "tracker")
+GROUPS = ("model", "solver", "times", "initial", "guidance", "strategy", "reward", "search", "executor", "tracker")
 VALUES = (
-    "name", "question", "nfe", "metrics", "labels", "num_samples", "first_index", "batch_size", "shard_size", "seed",
-    "dtype", "device", "root", "storage", "price_per_device_hour",
+    "name", "question", "nfe", "schedule", "metrics", "labels", "num_samples", "first_index", "batch_size",
+    "shard_size", "seed", "dtype", "device", "root", "storage", "price_per_device_hour",
 )  # fmt: skip
 
 
@@ -71,7 +72,27 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> dict[s
         # A study's own fields stay where the plug-in chosen instead has them too, and go where it has not.
         known = EVERY[group].defaults(name)
         found_data[group] = {key: value for key, value in found_data[group].items() if key in known}
+    if isinstance(found_data.get("schedule"), str):
+        found_data["schedule"] = json.loads(
+            read_schedule(found_data["schedule"]).to_json()
+        )  # it travels with the study
     return found_data
+
+
+def read_schedule(path: str) -> SolverSchedule:
+    """The schedule in a JSON file.
+
+    Raises:
+        ValueError: no such file, or no schedule that can run.
+    """
+    try:
+        text = Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the schedule {path!r}: {error}. Give a JSON file.") from None
+    try:
+        return SolverSchedule.from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _quote_url(override: str) -> str:
@@ -217,6 +238,8 @@ def study(data: dict[str, Any]) -> Study:
         raise ValueError(f"name becomes a folder: use letters, digits, '.', '_' and '-', at most 100; got {name!r}.")
     fields: dict[str, Any] = {key: data.get(key) for key in (*PLUGINS, *PLAIN)}
     recipe = Recipe(**fields).completed()
+    if data.get("schedule") is not None:
+        recipe = recipe.override({"schedule": data["schedule"]})
     if data["nfe"] is not None:
         recipe = recipe.override({"nfe": data["nfe"]})
     price = data["price_per_device_hour"]

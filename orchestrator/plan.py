@@ -24,6 +24,7 @@ class Shard:
         root: where the store lies.
         key: the recipe's key as the plan knew it; a worker that finds another one refuses.
         isolated: whether the rows are made without their neighbours, to find the one that kills its worker.
+        calibrates: whether this is no range of rows but the artifacts that the recipe needs first.
     """
 
     recipe: dict[str, Any]
@@ -34,6 +35,7 @@ class Shard:
     root: str
     key: str
     isolated: bool = False
+    calibrates: bool = False
 
     def halves(self) -> tuple[Shard, Shard]:
         """The two halves of a range of two rows or more, isolated."""
@@ -46,6 +48,8 @@ class Shard:
     @property
     def name(self) -> str:
         """``KEY/START-STOP``, as ``solvus shard`` takes it."""
+        if self.calibrates:
+            return f"{self.key}/calibration"
         return f"{self.key}/{self.start}-{self.stop}"
 
 
@@ -137,6 +141,20 @@ def shards(recipe: Recipe, scorers: list[Spec], start: int, stop: int, size: int
         if need_rows or need:
             pieces.append(Shard(data, low, high, need_rows, need, store.root, recipe.key))
     return Work(tuple(pieces), size)
+
+
+ARTIFACTS = "artifacts"
+
+
+def uncalibrated(recipe: Recipe, store: Store) -> list[str]:
+    """Keys of the artifacts that the recipe needs and the store lacks."""
+    ours = [c.key for c in recipe.calibrations if not c.key.startswith("file:")]
+    return [key for key in ours if store.get_arrays(ARTIFACTS, key) is None]
+
+
+def calibration(recipe: Recipe, store: Store) -> Shard:
+    """The unit of work that makes them."""
+    return Shard(asdict(recipe), 0, 1, False, (), store.root, recipe.key, calibrates=True)
 
 
 def _inside(index: int, gaps: list[tuple[int, int]]) -> bool:

@@ -50,7 +50,7 @@ class Results:
                 "title": trial.title,
                 "overrides": json.dumps(dict(trial.proposal.overrides)),
                 "recipe": json.dumps(trial.described()),
-                "times": json.dumps(list(trial.recipe.grid[0])),
+                "times": json.dumps(list(trial.recipe.grid[0]) if trial.times is None else trial.times),
                 "key": trial.recipe.key,
                 "first_index": trial.first_index,
                 "num_samples": trial.num_samples,

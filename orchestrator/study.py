@@ -14,14 +14,15 @@ from typing import Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.measure import measure, scorers
-from orchestrator.plan import Shard, shards
+from orchestrator.plan import ARTIFACTS, Shard, calibration, shards, uncalibrated
 from orchestrator.ports import Executor, Proposal, Search, SearchContext, Tracker, WorkerLost
 from orchestrator.registries import searches
 from orchestrator.store import CorruptShard, Store
-from orchestrator.worker import origin, perform
+from orchestrator.worker import artifacts, calibrate, origin, perform
 from tasks import registry
+from tasks.calibration import bound
 from tasks.noise import MAX_INDEX
-from tasks.recipe import Recipe, digest
+from tasks.recipe import Recipe, digest, grid_of
 from tasks.registry import Spec
 
 log = logging.getLogger("solvus")
@@ -131,8 +132,10 @@ class Trial:
     cost: dict[str, float] = field(default_factory=dict)
     commit: str = ""
     quarantined: dict[int, str] = field(default_factory=dict)
+    times: list[float] | None = None
     open_shards: int = 0
     attempts: int = 0
+    announced: bool = False
     damaged: bool = False
 
     @property
@@ -162,6 +165,8 @@ class Trial:
         """Recipe and range as plain data."""
         r = self.recipe
         specs = {"model": r.model, "solver": r.solver, "times": r.times, "guidance": r.guidance, "strategy": r.strategy}
+        if r.initial["name"] != "prior":
+            specs["initial"] = r.initial
         plain = {"batch_size": r.batch_size, "seed": r.seed, "dtype": r.dtype, "device": r.device, "nfe": r.nfe}
         reward = {} if r.reward is None else {"reward": r.reward}
         return specs | reward | plain | {"num_samples": self.num_samples, "first_index": self.first_index}
@@ -202,7 +207,7 @@ def run(
                 loop.refuse(proposal, error)
         while loop.backlog and len(flying) < executor.slots:
             trial, shard = loop.backlog.take()
-            flying[executor.submit(perform, shard)] = (trial, shard)
+            flying[executor.submit(calibrate if shard.calibrates else perform, shard)] = (trial, shard)
         if not flying and not loop.backlog:
             return
         for future in wait(flying, timeout=1.0, return_when=FIRST_COMPLETED).done:
@@ -253,12 +258,17 @@ class _Loop:
     ledger: Ledger
     trials: list[Trial]
     backlog: Backlog = field(default_factory=Backlog)
+    calibrating: set[str] = field(default_factory=set)
+    waiting: list[Trial] = field(default_factory=list)
 
     def plan(self, trial: Trial) -> None:
-        """Put a trial's missing shards into the queue, or finish it if there are none."""
-        if trial.attempts == 0:
+        """Put a trial's missing shards into the queue, or finish it if there are none; its calibrations come first."""
+        if not trial.announced:
+            trial.announced = True
             self.trials.append(trial)
             self.watch.began(trial)
+        if missing := uncalibrated(trial.recipe, self.store):
+            return self.prepare(trial, missing)
         trial.attempts += 1
         if self.store.get_json("recipes", trial.recipe.key) is None:
             self.store.put_json("recipes", trial.recipe.key, asdict(trial.recipe))
@@ -276,6 +286,27 @@ class _Loop:
         if not work:
             self.finish(trial)
 
+    def prepare(self, trial: Trial, missing: list[str]) -> None:
+        """Have a trial's artifacts made, or wait for another trial that has some of them made already."""
+        if self.calibrating & set(missing):
+            self.waiting.append(trial)
+            return
+        self.calibrating |= set(missing)
+        self.backlog.add([(trial, calibration(trial.recipe, self.store))], first=True)
+
+    def prepared(self, trial: Trial, shard: Shard, error: BaseException | None) -> None:
+        """Go on with a trial whose artifacts were made, and with those that waited for them."""
+        self.calibrating -= {c.key for c in trial.recipe.calibrations}
+        if error is None:
+            self.plan(trial)
+        else:
+            trial.reason = f"calibration failed: {type(error).__name__}: {error}"
+            log.error("%s: %s", trial.title, trial.reason)
+            self.finish(trial)
+        waiting, self.waiting = self.waiting, []
+        for other in waiting:
+            self.plan(other)
+
     def refuse(self, proposal: Proposal, error: ValueError) -> None:
         """Note a proposal that cannot run as a failed trial, and go on."""
         trial = Trial(len(self.trials), proposal, self.study.recipe, 0, 0, state="failed", reason=str(error))
@@ -288,8 +319,12 @@ class _Loop:
 
     def settle(self, trial: Trial, shard: Shard, future: Future) -> None:
         """Account for a shard that ended one way or the other."""
-        trial.open_shards -= 1
         error = future.exception()
+        if shard.calibrates:
+            if error is None:
+                self.ledger.add(future.result())
+            return self.prepared(trial, shard, error)
+        trial.open_shards -= 1
         if error is None:
             self.ledger.add(future.result())
             self.watch.made(trial, shard, future.result())
@@ -309,6 +344,13 @@ class _Loop:
             trial.reason = trial.reason or reason
         if trial.open_shards == 0:
             self.finish(trial)
+
+    def _times(self, trial: Trial) -> list[float]:
+        """The grid of a trial whose calibrations are done; empty if they failed."""
+        if uncalibrated(trial.recipe, self.store):
+            return []
+        parts = bound(trial.recipe, artifacts(trial.recipe, self.store))
+        return list(grid_of(parts)[0])
 
     def finish(self, trial: Trial) -> None:
         """Measure a trial whose shards are done, tell the search and the tracker."""
@@ -333,6 +375,10 @@ class _Loop:
         trial.state = "failed" if trial.reason else "degraded" if trial.quarantined else "complete"
         trial.cost = self.ledger.cost_of(trial.recipe, trial.first_index, trial.stop, self.store)
         trial.commit = origin()["commit"]
+        if trial.recipe.calibrations:
+            kept = [self.store.get_json(ARTIFACTS, c.key) or {} for c in trial.recipe.calibrations]
+            trial.cost["calibration_nfe"] = float(sum(meta.get("cost", {}).get("nfe", 0) for meta in kept))
+            trial.times = self._times(trial)
         self.search.tell(trial.proposal, None if trial.state == "failed" else trial.values)
         self.tracker.log(trial)
         self.watch.ended(trial)

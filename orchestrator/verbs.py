@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.exits import COMPLETE, DEGRADED, FAILED, Terminated
+from orchestrator.verbs_likelihood import likelihood
 from orchestrator.verbs_look import (
     doctor,
     emit,
@@ -269,9 +270,14 @@ def train(args: Any) -> int:
     from tasks.checkpoint import WEIGHTS
     from tasks.registry import unknown
     from tasks.run import use_one_thread
-    from tasks.training import classifier, digits
+    from tasks.training import classifier, consistency, digits
 
-    trainers = {"digits": digits.train, "digits_flow": digits.train, "digits_classifier": classifier.train}
+    trainers = {
+        "digits": digits.train,
+        "digits_flow": digits.train,
+        "digits_classifier": classifier.train,
+        "digits_consistency": consistency.train,
+    }
     if args.name not in trainers:
         raise unknown("embedded model", args.name, sorted(trainers), "Known")
     options = {name: getattr(args, name) for name in ("steps", "batch_size") if getattr(args, name) is not None}
@@ -308,6 +314,7 @@ VERBS = {
     "list": listing,
     "show": show,
     "train": train,
+    "likelihood": likelihood,
     "ui": ui,
     "doctor": doctor,
 }

@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 
 from orchestrator import rows
-from orchestrator.plan import Shard
+from orchestrator.plan import ARTIFACTS, Shard
 from orchestrator.store import Store
-from tasks import run
+from tasks import calibration, run
 from tasks.recipe import Recipe
 
 
@@ -82,7 +82,8 @@ def generate(shard: Shard) -> Made:
         with _DEVICE:
             began = time.perf_counter()
             _trace(shard)
-            columns = run.generate(recipe, shard.start, shard.stop, shard.isolated)
+            found: dict[str, Any] = {"artifacts": artifacts(recipe, store)} if recipe.calibrations else {}
+            columns = run.generate(recipe, shard.start, shard.stop, shard.isolated, **found)
             cost["generate_s"] = time.perf_counter() - began
         cost["rows"] = shard.stop - shard.start
         cost["nfe"], cost["reward_calls"] = int(columns["nfe"].sum()), int(columns["reward_calls"].sum())
@@ -90,6 +91,45 @@ def generate(shard: Shard) -> Made:
         table = pa.concat_tables(store.read("rows", recipe.key, shard.start, shard.stop))
         columns = {"x0": rows.samples(table, recipe.parts.model.shape), "label": rows.to_numpy(table["label"])}
     return {"columns": columns, "cost": cost}
+
+
+def artifacts(recipe: Recipe, store: Store) -> dict[str, Any]:
+    """The recipe's artifacts from the store; those of files are read where they are used.
+
+    Raises:
+        ValueError: one is missing or damaged, though the plan put its calibration first.
+    """
+    found = {}
+    for needed in recipe.calibrations:
+        if needed.key.startswith("file:"):
+            continue
+        arrays = store.get_arrays(ARTIFACTS, needed.key)
+        if arrays is None:
+            raise ValueError(
+                f"artifact {needed.key} of {needed.place} is missing or damaged in {store.root}. Run the study again."
+            )
+        found[needed.key] = arrays
+    return found
+
+
+def calibrate(shard: Shard) -> dict[str, Any]:
+    """Make the artifacts that a recipe needs and the store lacks; each is kept with its origin and its cost."""
+    store, recipe = _store(shard.root), _recipe(shard)
+    cost = {"rows": 0, "nfe": 0, "reward_calls": 0, "generate_s": 0.0, "score_s": 0.0, "scored": 0}
+    parts = recipe.parts
+    for needed in recipe.calibrations:
+        if needed.key.startswith("file:"):
+            continue
+        arrays = store.get_arrays(ARTIFACTS, needed.key)
+        if arrays is None:
+            with _DEVICE:
+                arrays, spent = calibration.make(recipe, needed, parts)
+            store.put_json(ARTIFACTS, needed.key, needed.meta | {"cost": spent, "origin": origin()})
+            store.put_arrays(ARTIFACTS, needed.key, arrays)  # last: its presence says that all is there
+            cost["nfe"] += spent["nfe"]
+            cost["generate_s"] += spent["generate_s"]
+        parts = calibration.bind(parts, needed.place, calibration.arrays_for(recipe, needed, arrays))
+    return cost
 
 
 def write(shard: Shard, made: Made) -> Made:

@@ -159,7 +159,7 @@ class UNetDenoiser:
         alpha, sigma = expand(self.process.alpha(t), x), expand(self.process.sigma(t), x)
         return to_x0(self.prediction, x, output, alpha, sigma)
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, cond: Tensor | None = None) -> Tensor:
         """Images in [-1, 1]."""
         return x0.clamp(-1, 1)
 

@@ -95,7 +95,7 @@ def _finite(found: Update, i: int, step: Step) -> Update:
 def start(plan: Plan, hooks: Sequence[Any] = ()) -> dict[str, Any]:
     """The memory before the first step."""
     begun = tuple(hook.begin(plan) if hasattr(hook, "begin") else None for hook in hooks)
-    return {"plan": plan, "entries": (), "base": None, "hooks": begun, "position": 0}
+    return {"plan": plan, "entries": (), "hooks": begun, "group": 0}
 
 
 def convert(step: Step, x: Tensor, x0: Tensor, alpha: float, sigma: float) -> Tensor:
@@ -109,14 +109,12 @@ def convert(step: Step, x: Tensor, x0: Tensor, alpha: float, sigma: float) -> Te
     return eps - x0 if abs(alpha + sigma - 1.0) < 1e-9 else alpha * eps - sigma * x0
 
 
-def run_group(
-    model: Conditioned, state: State, group: int, noise: Noise, hooks: Sequence[Any] = (), s_noise: float = 1.0
-) -> State:
-    """All steps of the schedule that one step of the grid stands for."""
-    plan: Plan = state.memory["plan"]
+def run_group(model: Conditioned, state: State, noise: Noise, hooks: Sequence[Any] = (), s_noise: float = 1.0) -> State:
+    """All steps of the schedule that the next step of the grid stands for."""
+    plan, group = state.memory["plan"], state.memory["group"]
     for place, i in enumerate(plan.groups[group]):
         state = _one(model, state, plan, i, noise, f"-{place}" if place else "", hooks, s_noise)
-    return replace(state, step=group + 1)
+    return State(state.x, state.x0_hat, state.memory | {"group": group + 1}, state.step + 1)
 
 
 def _one(
@@ -128,10 +126,10 @@ def _one(
     shape = tuple(x.shape[1:])
     if step.churn:
         x = _churned(plan, i, x, noise, mark, s_noise)
-    for j, hook in enumerate(hooks):
-        if hasattr(hook, "place"):
-            x, held[j] = hook.place(plan, i, x, held[j])
     x0 = _evaluate(model, plan, i, x, entries, hooks, held)
+    for j, hook in enumerate(hooks):
+        if hasattr(hook, "settle"):
+            x = hook.settle(plan, i, x, x0, held[j])
     fresh = Entry(x, x, x0, convert(step, x, x0, plan.alpha[i], plan.sigma[i]))
     before = plan.steps[i - 1] if i else step
     if i and before.corrector == "pseudo" and (correction := plan.corrections[i - 1]) is not None:
@@ -159,8 +157,7 @@ def _one(
     for j, hook in enumerate(hooks):
         if hasattr(hook, "land"):
             moved, held[j] = hook.land(plan, i, moved, entries, held[j])
-    memory = {"plan": plan, "entries": entries, "base": None, "hooks": tuple(held), "position": i + 1}
-    return State(moved, x0, memory, state.step)
+    return State(moved, x0, memory | {"entries": entries, "hooks": tuple(held)}, state.step)
 
 
 def _churned(plan: Plan, i: int, x: Tensor, noise: Noise, mark: str, s_noise: float) -> Tensor:

@@ -365,14 +365,14 @@ def transfer(process: Any, x: Tensor, x0_hat: Tensor, t: float, s: float) -> Ten
 # --- grids laid out in noise level -----------------------------------------------------------------------------------
 
 
-def lam_range(process: Any) -> tuple[float, float]:
-    """Half log-SNR at the first and last node of such a grid; 1 - t_min stands in where it is infinite at t=1."""
+def lam_range(process: Any, start: float = 1.0) -> tuple[float, float]:
+    """Half log-SNR at the first and last node of such a grid; 1 - t_min stands in where it is infinite at the start."""
     if not hasattr(process, "lam"):
         raise ValueError("times laid out in noise level need a Gaussian model. Use times=uniform.")
-    start = 1.0 if math.isfinite(process.lam(1.0)) else 1.0 - process.t_min
-    return process.lam(start), process.lam(process.t_min)
+    first = start if math.isfinite(process.lam(start)) else start - process.t_min
+    return process.lam(first), process.lam(process.t_min)
 
 
-def times_from_lam(process: Any, lams: np.ndarray) -> tuple[float, ...]:
-    """The times of such nodes, with the first put at exactly t=1 and a last jump to 0 added."""
-    return (1.0, *(process.time(float(lam)) for lam in lams[1:]), 0.0)
+def times_from_lam(process: Any, start: float, lams: np.ndarray) -> tuple[float, ...]:
+    """The times of such nodes, with the first put at exactly the start and a last jump to 0 added."""
+    return (start, *(process.time(float(lam)) for lam in lams[1:]), 0.0)

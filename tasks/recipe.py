@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from tasks import registry
+from tasks import calibration, registry
+from tasks.calibration import Calibration
 from tasks.registry import Spec, unknown
+from tasks.schedule import SolverSchedule
 
-PLUGINS = ("model", "solver", "times", "guidance", "strategy", "reward")
+PLUGINS = ("model", "solver", "times", "initial", "guidance", "strategy", "reward")
 PLAIN = ("labels", "batch_size", "seed", "dtype", "device")
 
 
@@ -32,6 +35,7 @@ class Recipe:
 
     Attributes:
         model, solver, times, guidance, strategy: specs of plug-ins.
+        initial: spec of what begins the trajectories.
         reward: spec of the reward that the strategy may use, or None.
         labels: "cycle" gives row i the label i mod num_classes; a number gives every row that label; None gives none.
         batch_size: rows of one network call. Part of the recipe, because the last bits of a network's answer depend on
@@ -47,6 +51,7 @@ class Recipe:
     guidance: Spec
     strategy: Spec
     reward: Spec | None = None
+    initial: Spec = field(default_factory=lambda: {"name": "prior"})
     labels: str | int | None = "cycle"
     batch_size: int = 256
     seed: int = 0
@@ -58,19 +63,22 @@ class Recipe:
 
         Args:
             changes: dotted paths to values: ``{"solver": "heun", "times.rho": 5.0}``. A plug-in's own name (or a whole
-                spec) replaces it with that plug-in's defaults; ``nfe`` sets solver fields and the number of steps so
+                spec) replaces it with that plug-in's defaults; ``schedule`` (a SolverSchedule as data) sets
+                solver and times; ``nfe`` sets solver fields and the number of steps so
                 that a trajectory costs exactly that many evaluations; list items are reached by number.
 
         Raises:
             ValueError: a path or a value that does not exist.
         """
         data = asdict(self)
+        if "schedule" in changes:
+            data |= _scheduled(data, changes["schedule"])
         for path in sorted(changes, key=lambda p: (p.count("."), p == "nfe")):
             value, (head, *rest) = changes[path], path.split(".")
-            if path == "nfe":
+            if path in ("nfe", "schedule"):
                 continue
             if head not in data:
-                raise unknown("override", path, [*PLUGINS, *PLAIN, "nfe"], "Allowed")
+                raise unknown("override", path, [*PLUGINS, *PLAIN, "nfe", "schedule"], "Allowed")
             if not rest:
                 data[head] = _whole(head, value, data[head])
             else:
@@ -97,23 +105,34 @@ class Recipe:
             registry.models.build(self.model),
             registry.solvers.build(self.solver),
             registry.times.build(self.times),
+            registry.initials.build(self.initial),
             registry.guidance.build(self.guidance),
             registry.strategies.build(self.strategy),
             None if self.reward is None else registry.rewards.build(self.reward),
         )
 
     @cached_property
+    def calibrations(self) -> tuple[Calibration, ...]:
+        """The artifacts that must be made before the rows, in order."""
+        return calibration.of(self)
+
+    @cached_property
     def grid(self) -> tuple[tuple[float, ...], int | None]:
-        """The times, and the number of steps given to a stock scheduler that lays its own grid (else None)."""
-        p = self.parts
-        if self.times["name"] == "stock":
-            if not hasattr(p.solver, "grid"):
-                raise ValueError(
-                    f"times=stock is a stock scheduler's own grid, but the solver is {self.solver['name']}. Use "
-                    "solver=diffusers or another grid."
-                )
-            return p.solver.grid(p.model.noising, p.times.num_steps), p.times.num_steps
-        return p.times(p.model.noising), None
+        """The times, and the number of steps given to a stock scheduler that lays its own grid (else None).
+
+        Where the times themselves are calibrated they are not known yet: then a uniform grid of as many steps stands
+            in.
+        """
+        if self.has_calibrated_times:
+            start = self.parts.initial.start(self.parts.model.noising)
+            steps = self.parts.times.num_steps
+            return tuple(start * (1.0 - i / steps) for i in range(steps)) + (0.0,), None
+        return grid_of(self.parts)
+
+    @property
+    def has_calibrated_times(self) -> bool:
+        """Whether the grid is found by looking at the model."""
+        return any(c.place == "times" for c in self.calibrations)
 
     def check(self) -> None:
         """Refuse what cannot run, before any work starts.
@@ -129,13 +148,28 @@ class Recipe:
                 f"solver {solver} steps {p.solver.process} processes, but model {self.model['name']} is "
                 f"{process.kind}. Choose one of: {', '.join(fitting)}."
             )
+        self._check_pairings()
         grid, stock_steps = self.grid
-        if stock_steps is None and not all(a > b for a, b in zip(grid, grid[1:], strict=False)):
+        travels = getattr(p.times, "travels", False)
+        if stock_steps is None and not travels and not all(a > b for a, b in zip(grid, grid[1:], strict=False)):
             raise ValueError(f"times must decrease, got {list(grid)}. Use fewer steps or another grid.")
-        if grid[0] > 1 or grid[-1] < 0:
-            raise ValueError(f"times must lie in [0, 1], got {grid[0]} … {grid[-1]}.")
+        if min(grid) < 0 or max(grid) > 1:
+            raise ValueError(f"times must lie in [0, 1], got {list(grid)}.")
+        start = p.initial.start(process)
+        begins_elsewhere = self.initial["name"] != "prior" and not math.isclose(grid[0], start, rel_tol=1e-9)
+        if stock_steps is None and begins_elsewhere:
+            raise ValueError(
+                f"the grid begins at t={grid[0]:.6g}, but initial {self.initial['name']} begins at {start:.6g}. "
+                "Let the first time be that one, or use a grid that is laid from it, such as times=uniform."
+            )
+        if stock_steps is not None and start != 1.0:
+            raise ValueError(
+                f"a stock scheduler's own grid begins at pure noise, but initial {self.initial['name']} begins at "
+                f"t={start:.4g}. Use another grid than times=stock."
+            )
         if hasattr(p.solver, "check"):
-            p.solver.check(process, stock_steps if stock_steps is not None else grid)
+            for first, last in segments(grid) if stock_steps is None else [(0, 0)]:
+                p.solver.check(process, stock_steps if stock_steps is not None else grid[first : last + 1])
         for name, number in (("batch_size", self.batch_size), ("seed", self.seed)):
             if isinstance(number, bool) or not isinstance(number, int):
                 raise ValueError(f"{name} must be a whole number, got {number!r}.")
@@ -159,6 +193,31 @@ class Recipe:
                 f"strategy {self.strategy['name']} copies particles, but {solver} is deterministic: copies would stay "
                 "identical. Use a stochastic solver, for example solver=ddim solver.eta=1."
             )
+
+    def _check_pairings(self) -> None:
+        """Refuse a model, solver, times or initial state that do not belong together."""
+        p, process = self.parts, self.parts.model.noising
+        needed, given = getattr(p.solver, "needs", "posterior_mean"), getattr(p.model, "gives", ("posterior_mean",))
+        if needed not in given:
+            fitting = [n for n in registry.solvers.names() if _needs(n) in given and _process(n) == process.kind]
+            raise ValueError(
+                f"solver {self.solver['name']} needs a model that gives its {_GIVES[needed]}, but model "
+                f"{self.model['name']} gives {' and '.join(_GIVES[g] for g in given)}. Solvers that fit: "
+                f"{', '.join(fitting)}."
+            )
+        if not getattr(process, "stochastic_ok", True) and p.solver.stochastic:
+            raise ValueError(
+                f"{type(process).__name__} has no stochastic sampler, but solver {self.solver['name']} draws noise. "
+                "Choose a deterministic solver."
+            )
+        if getattr(p.times, "travels", False) and not getattr(p.solver, "restarts", True):
+            raise ValueError(
+                f"times {self.times['name']} jump back, but solver {self.solver['name']} lays its own course. "
+                "Use one of Solvus's solvers."
+            )
+        for _, plugin in calibration.places(p):
+            if hasattr(plugin, "check_recipe"):
+                plugin.check_recipe(self)
 
     def _check_labels(self) -> None:
         classes = self.parts.model.num_classes
@@ -188,11 +247,13 @@ class Recipe:
     @property
     def nfe(self) -> int:
         """Network evaluations that one sample costs, for strategies that spend evenly."""
-        steps = self.grid[1] or len(self.grid[0]) - 1
-        p = self.parts
-        stops_early = self.grid[0][-1] > 0 and hasattr(p.solver, "nfe_before_data")
-        spent = p.solver.nfe_before_data(steps) if stops_early else p.solver.nfe(steps)
-        return spent * p.guidance.evaluations * p.strategy.particles
+        grid, stock_steps = self.grid
+        p, spent = self.parts, 0
+        for first, last in segments(grid) if stock_steps is None else [(0, stock_steps)]:
+            stops_early = stock_steps is None and grid[last] > 0
+            count = getattr(p.solver, "nfe_before_data", p.solver.nfe) if stops_early else p.solver.nfe
+            spent += count(last - first)
+        return (spent + p.initial.evaluations) * p.guidance.evaluations * p.strategy.particles
 
     @cached_property
     def key(self) -> str:
@@ -202,8 +263,15 @@ class Recipe:
         strategy looks at it. A checkpoint enters by the hash of its weights, not by its path.
         """
         grid, stock_steps = self.grid
+        more: dict[str, Any] = {}
+        if self.initial != {"name": "prior"}:
+            more["initial"] = self.initial
+        if self.calibrations:
+            more["artifacts"] = [c.key for c in self.calibrations]
+            more["calibrated_times"] = self.times if self.has_calibrated_times else None
         return digest(
-            {
+            more
+            | {
                 "model": {k: v for k, v in self.model.items() if k != "path"},
                 "revision": self.parts.model.revision,
                 "solver": self.solver,
@@ -230,6 +298,7 @@ class Parts:
     model: Any
     solver: Any
     times: Any
+    initial: Any
     guidance: Any
     strategy: Any
     reward: Any
@@ -238,6 +307,36 @@ class Parts:
 def scorer_identity(spec: Spec | None) -> Any:
     """Spec and weights of a scorer: any change to what is measured misses the cache."""
     return None if spec is None else {"spec": spec, "revision": registry.scorer(spec).revision}
+
+
+_GIVES = {
+    "posterior_mean": "posterior mean",
+    "flow_end": "trajectory's end (a consistency model)",
+    "flow_map": "flow map",
+}
+
+
+def segments(grid: tuple[float, ...]) -> list[tuple[int, int]]:
+    """The falling stretches of a grid: (first, last) node of each; between two of them the state is noised again."""
+    cuts = [i for i in range(1, len(grid)) if grid[i] > grid[i - 1]]
+    return list(zip([0, *cuts], [*(c - 1 for c in cuts), len(grid) - 1], strict=True))
+
+
+def grid_of(parts: Parts) -> tuple[tuple[float, ...], int | None]:
+    """The times of some plug-ins, and the number of steps given to a stock scheduler that lays its own grid."""
+    process = parts.model.noising
+    if parts.times.name == "stock":
+        if not hasattr(parts.solver, "grid"):
+            raise ValueError(
+                f"times=stock is a stock scheduler's own grid, but the solver is {parts.solver.name}. Use "
+                "solver=diffusers or another grid."
+            )
+        return parts.solver.grid(process, parts.times.num_steps), parts.times.num_steps
+    return parts.times(process, parts.initial.start(process)), None
+
+
+def _needs(solver: str) -> str:
+    return getattr(registry.solvers.get(solver), "needs", "posterior_mean")
 
 
 def _process(solver: str) -> str:
@@ -274,6 +373,17 @@ def _set(data: Any, path: list[str], value: Any, full: str) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{full} goes below {data!r}, which has no fields.")
     return data | {head: value if not rest else _set(data.get(head, {}), rest, value, full)}
+
+
+def _scheduled(data: dict[str, Any], schedule: Any) -> dict[str, Any]:
+    """Solver and times that carry out a schedule; the hooks of a unified solver stay."""
+    found = SolverSchedule.from_data(schedule)
+    hooks = data["solver"].get("hooks", []) if data["solver"]["name"] == "unified" else []
+    solver = {"name": "unified", "steps": [step.to_data() for step in found.steps], "hooks": hooks}
+    return {
+        "solver": registry.solvers.complete(solver),
+        "times": registry.times.complete({"name": "explicit", "values": list(found.times)}),
+    }
 
 
 def _fit(data: dict[str, Any], nfe: Any) -> dict[str, Any]:

@@ -170,6 +170,7 @@ models = Registry("model", "tasks.models")
 solvers = Registry("solver", "tasks.solvers")
 hooks = Registry("hook", "tasks.hooks")
 times = Registry("times", "tasks.times")
+initials = Registry("initial", "tasks.initial")
 guidance = Registry("guidance", "tasks.guidance")
 strategies = Registry("strategy", "tasks.strategies")
 rewards = Registry("reward", "tasks.rewards")
@@ -181,6 +182,7 @@ ALL: dict[str, Registry] = {
     "solver": solvers,
     "hook": hooks,
     "times": times,
+    "initial": initials,
     "guidance": guidance,
     "strategy": strategies,
     "reward": rewards,

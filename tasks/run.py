@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from tasks import registry
+from tasks import calibration, registry
 from tasks.noise import MAX_INDEX, RowNoise
-from tasks.recipe import Recipe, canonical
+from tasks.recipe import Recipe, canonical, grid_of
 from tasks.registry import Spec
 from tasks.sampler import CountedModel, CountedReward, Sampler
 from tasks.types import Model
@@ -56,7 +56,12 @@ def rows_per_block(recipe: Recipe) -> int:
 
 
 def generate(
-    recipe: Recipe, start: int, stop: int, isolated: bool = False, progress: Callable[[int], None] | None = None
+    recipe: Recipe,
+    start: int,
+    stop: int,
+    isolated: bool = False,
+    progress: Callable[[int], None] | None = None,
+    artifacts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Make the rows [start, stop) of a recipe.
 
@@ -67,6 +72,7 @@ def generate(
         isolated: fill the places of a block that were not asked for with copies of one that was, so that a row which
             crashes its process cannot take its neighbours with it.
         progress: called with the number of rows done after every block.
+        artifacts: the recipe's calibrations by key; made here when left out.
 
     Returns:
         columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``seconds``, ``x0``
@@ -78,8 +84,9 @@ def generate(
     if not 0 <= start < stop <= MAX_INDEX:
         raise ValueError(f"sample indices must satisfy 0 <= start < stop <= {MAX_INDEX}, got [{start}, {stop}).")
     use_one_thread()
-    device, parts = recipe.device, recipe.parts
-    grid, stock_steps = recipe.grid
+    device = recipe.device
+    parts = calibration.bound(recipe, calibration.make_all(recipe) if artifacts is None else artifacts)
+    grid, stock_steps = grid_of(parts)
     base = load_model(recipe)
     size = rows_per_block(recipe)
     pieces: list[dict[str, np.ndarray]] = []
@@ -90,7 +97,7 @@ def generate(
         indices = torch.tensor(places, dtype=torch.int64, device=device)
         labels = torch.tensor([recipe.label(i) for i in places], device=device)
         cond = labels if base.num_classes else None
-        sampler = Sampler(parts.guidance.wrap(counted), parts.solver, grid, cond, stock_steps)
+        sampler = Sampler(parts.guidance.wrap(counted), parts.solver, grid, cond, stock_steps, parts.initial)
         reward = None
         if parts.strategy.uses_reward:
             assert recipe.reward is not None
@@ -98,7 +105,7 @@ def generate(
         noise = RowNoise(recipe.seed, indices, dtype=getattr(torch, recipe.dtype))
         with torch.no_grad():
             result = parts.strategy(sampler, reward, noise)
-            x0 = base.decode(result.x0)
+            x0 = base.decode(result.x0, cond)
         if device == "cuda":
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - began

@@ -102,6 +102,7 @@ class Sampler:
         times: N+1 times; a stock scheduler's own grid may repeat one.
         cond: labels of the rows, (B,) int64, or None.
         stock_steps: the number of steps given to a stock scheduler that lays its own grid, else None.
+        initial: begins the trajectories; None draws the prior.
     """
 
     model: Model
@@ -109,6 +110,7 @@ class Sampler:
     times: tuple[float, ...]
     cond: Tensor | None = None
     stock_steps: int | None = None
+    initial: Any = None
 
     @property
     def num_steps(self) -> int:
@@ -116,20 +118,33 @@ class Sampler:
         return len(self.times) - 1
 
     def start(self, noise: Noise) -> State:
-        """The state at the first time, drawn from the prior."""
-        process = self.model.process
-        x = process.prior(self.model.shape, noise.at(-1), self.times[0])
-        memory = None
-        if hasattr(self.solver, "start"):
-            options = {} if self.stock_steps is None else {"stock_steps": self.stock_steps}
-            memory = self.solver.start(process, self.times, **options)
-        return State(x, None, memory, 0)
+        """The state at the first time."""
+        if self.initial is None:
+            x = self.model.process.prior(self.model.shape, noise.at(-1), self.times[0])
+        else:
+            x = self.initial(self, noise.at(-1))
+        return State(x, None, self._memory(0), 0)
+
+    def _memory(self, first: int) -> Any:
+        """A solver's memory at the beginning of the falling stretch of the grid that starts at node ``first``."""
+        if not hasattr(self.solver, "start"):
+            return None
+        if self.stock_steps is not None:
+            return self.solver.start(self.model.process, self.times, stock_steps=self.stock_steps)
+        last = first + 1
+        while last + 1 < len(self.times) and self.times[last + 1] <= self.times[last]:
+            last += 1
+        return self.solver.start(self.model.process, self.times[first : last + 1])
 
     def step(self, state: State, noise: Noise) -> State:
-        """Step number ``state.step``."""
+        """Step number ``state.step``; where the grid rises, the state is noised again and the solver starts afresh."""
         i = state.step
+        t, s = self.times[i], self.times[i + 1]
+        if s > t and self.stock_steps is None:
+            x = self.model.process.renoise(state.x, t, s, noise.at(i))
+            return State(x, state.x0_hat, self._memory(i + 1), i + 1)
         model = _Conditioned(self.model, self.cond)
-        return self.solver.step(model, state, self.times[i], self.times[i + 1], noise.at(i))
+        return self.solver.step(model, state, t, s, noise.at(i))
 
     def run(self, noise: Noise) -> State:
         """All steps of one trajectory a row."""

@@ -31,7 +31,8 @@ class Model(Protocol):
 
     ``denoise(x, t, cond)`` is the posterior mean E[x_0 | x_t = x]: (B, *shape) for a Gaussian process, and (B, L, V)
     class probabilities for a masked one. ``cond`` is (B,) int64 labels, where ``num_classes`` means "no label".
-    ``t`` is one time, or a float64 tensor with one time a row, (B,). ``decode`` maps clean states to what is stored.
+    ``t`` is one time, or a float64 tensor with one time a row, (B,). ``decode`` maps clean states to what is stored;
+    in a model whose states are relative to its condition, with the help of the labels.
     """
 
     process: Any
@@ -39,7 +40,7 @@ class Model(Protocol):
     num_classes: int
 
     def denoise(self, x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor: ...
-    def decode(self, x0: Tensor) -> Tensor: ...
+    def decode(self, x0: Tensor, cond: Tensor | None = None) -> Tensor: ...
 
 
 class Conditioned(Protocol):
@@ -87,11 +88,20 @@ class Solver(Protocol):
 
 
 class Times(Protocol):
-    """A discretisation: N+1 decreasing times from noise to data."""
+    """A discretisation: N+1 decreasing times, from ``start`` (1 is pure noise) to the data."""
 
     num_steps: int
 
-    def __call__(self, process: Any) -> tuple[float, ...]: ...
+    def __call__(self, process: Any, start: float = 1.0) -> tuple[float, ...]: ...
+
+
+class Initial(Protocol):
+    """Where a trajectory begins: at which time, and the states there, (B, *shape), for ``evaluations`` calls."""
+
+    evaluations: int
+
+    def start(self, process: Any) -> float: ...
+    def __call__(self, sampler: Any, noise: Noise) -> Tensor: ...
 
 
 Reward = Callable[[Tensor, Tensor | None], Tensor]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +20,17 @@ from tasks.registry import models
 class DigitsConsistency(FolderModel):
     """The embedded consistency model distilled from ``digits`` (``solvus train digits_consistency``).
 
-    ``f(x, t) = c_skip y + c_out F(x, t)`` in ``y = x / alpha`` and ``u = sigma / alpha``, with
-    ``c_skip = d^2 / ((u - u_min)^2 + d^2)`` and ``c_out = (u - u_min) d / sqrt(u^2 + d^2)``: the identity at ``t_min``,
-    and the end of the probability-flow trajectory through (x, t) everywhere else. It is not a posterior mean, so it
-    needs a few-step solver: consistency, ctm, tcd or lcm.
+    ``f(x, t) = c (y - (u - u_min) e) + (1 - c) g`` in ``y = x / alpha`` and ``u = sigma / alpha``, with
+    ``c = d^2 / ((u - u_min)^2 + d^2)`` and a network of two outputs: e, the teacher's prediction of the noise, which
+    rules near the data, and g, a clean image, which rules where u is large. At ``t_min`` it is the identity, and
+    everywhere else the end of the probability-flow trajectory through (x, t): not a posterior mean, so it needs a
+    few-step solver (consistency, ctm, tcd, lcm).
 
     Args:
         path: another folder with the same kind of model; null takes the one that comes with Solvus.
 
-    Reference: Song et al. 2023, "Consistency Models", appendix C (c_skip, c_out), in the coordinates of Karras et al.
-        2022, eq. 4.
+    Reference: Song et al. 2023, "Consistency Models", appendix C (c_skip and the boundary); Salimans and Ho 2022,
+        "Progressive Distillation", appendix D (both outputs).
     """
 
     path: str | None = None
@@ -48,12 +48,12 @@ class DigitsConsistency(FolderModel):
     @property
     def sigma_data(self) -> float:
         """d: the standard deviation of the data that the network was distilled with."""
-        found = self.checkpoint.scheduler.get("sigma_data")
-        if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:
+        found, outputs = self.checkpoint.scheduler.get("sigma_data"), self.checkpoint.config.get("out_channels")
+        if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0 or outputs != 2:
             raise ValueError(
-                f"model.path {self.path!r} has sigma_data={found!r} in its scheduler configuration; a consistency model "
-                "needs a number above 0 there. Give a folder made by solvus train digits_consistency, or use "
-                "model=digits for a diffusion model."
+                f"model.path {self.path!r} has sigma_data={found!r} in its scheduler configuration and "
+                f"{outputs} output channels; a consistency model has a number above 0 and 2. Give a folder made by "
+                "solvus train digits_consistency, or use model=digits for a diffusion model."
             )
         return float(found)
 
@@ -66,19 +66,23 @@ class DigitsConsistency(FolderModel):
         return digits_reference()
 
 
-def coefficients(process: Any, t: Time, sigma_data: float) -> tuple[Any, Any]:
-    """(a, b) of ``f = a x + b F(x, t)``: float64 numbers, or (B,) tensors for a time a row.
+def coefficients(process: Any, t: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of x, e and g in f, for times (B,): float64, (B,) each.
 
-    Multiplied out to ``a = alpha d^2 / ((sigma - u_min alpha)^2 + (alpha d)^2)`` and likewise for b, which no division
-    by alpha can spoil. Below ``t_min`` the identity goes on, so that the function is defined down to the data.
+    Multiplied out so that nothing is divided by alpha. Below ``t_min`` the identity goes on, down to the data.
     """
     alpha, sigma = process.alpha(t), process.sigma(t)
-    least = process.sigma(process.t_min) / process.alpha(process.t_min)
-    above = sigma - least * alpha
-    above = above.clamp(min=0.0) if isinstance(above, Tensor) else max(above, 0.0)
-    root = torch.sqrt if isinstance(above, Tensor) else math.sqrt
-    skip = alpha * sigma_data**2 / (above**2 + (alpha * sigma_data) ** 2)
-    return skip, above * sigma_data / root(sigma**2 + (alpha * sigma_data) ** 2)
+    above = (sigma - alpha * process.sigma(process.t_min) / process.alpha(process.t_min)).clamp(min=0.0)
+    signal = alpha * sigma_data**2
+    total = above**2 + alpha * signal
+    return signal / total, -signal * above / total, above**2 / total
+
+
+def consistency(network: Any, process: Any, sigma_data: float, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """f(x, t), (B, 1, H, W), for times (B,)."""
+    output = network(x.float(), process.model_time(t).float(), labels).sample.to(x.dtype)
+    carry, eps, clean = (expand(factor, x) for factor in coefficients(process, t, sigma_data))
+    return carry * x + eps * output[:, :1] + clean * output[:, 1:]
 
 
 class ConsistencyDenoiser(UNetDenoiser):
@@ -93,7 +97,5 @@ class ConsistencyDenoiser(UNetDenoiser):
         """f(x, t), (B, C, H, W). ``cond`` holds labels; ``num_classes`` or None means none."""
         if cond is None:
             cond = torch.full((len(x),), self.num_classes, dtype=torch.int64, device=x.device)
-        time = torch.zeros(len(x), dtype=torch.float32, device=x.device) + self.process.model_time(t)
-        output = self.network(x.float(), time.float(), cond if self.num_classes else None).sample.to(x.dtype)
-        skip, out = coefficients(self.process, t, self.sigma_data)
-        return expand(skip, x) * x + expand(out, x) * output
+        times = torch.zeros(len(x), dtype=torch.float64, device=x.device) + t
+        return consistency(self.network, self.process, self.sigma_data, x, times, cond)

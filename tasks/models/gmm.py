@@ -10,10 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tasks.mean_reverting import MeanReverting
 from tasks.processes import EDM, VP, Flow, GaussianProcess, Time, expand, from_x0
 from tasks.registry import models, unknown
 
-PROCESSES: dict[str, GaussianProcess] = {"vp": VP(), "edm": EDM(), "flow": Flow()}
+PROCESSES: dict[str, GaussianProcess | MeanReverting] = {
+    "vp": VP(),
+    "edm": EDM(),
+    "flow": Flow(),
+    "mr": MeanReverting(),
+}
 
 
 def fit_digits(ridge: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -45,7 +51,7 @@ class GMM:
         dim: dimension D of a random mixture (ignored when means are given or fitted).
         num_components: number of components K of a random mixture.
         seed: seed of a random mixture.
-        process: noising process: vp (linear betas), edm, flow.
+        process: noising process: vp (linear betas), edm, flow, mr (mean-reverting, around the origin).
         weights: component weights, K numbers; equal when left out.
         means: K rows of D numbers.
         covariances: K matrices, or K rows of D variances, or K standard deviations.
@@ -134,7 +140,7 @@ class GMM:
         return ("posterior_mean", "flow_end", "flow_map") if one else ("posterior_mean",)
 
     @property
-    def noising(self) -> GaussianProcess:
+    def noising(self) -> GaussianProcess | MeanReverting:
         """The process object."""
         return PROCESSES[self.process]
 
@@ -199,9 +205,11 @@ class MixtureDenoiser:
 
     def score(self, x: Tensor, t: Time, cond: Tensor | None = None) -> Tensor:
         """grad log p_t(x), (B, D)."""
-        return from_x0("score", x, self.denoise(x, t, cond), expand(self.process.alpha(t), x), expand(self.process.sigma(t), x))
+        return from_x0(
+            "score", x, self.denoise(x, t, cond), expand(self.process.alpha(t), x), expand(self.process.sigma(t), x)
+        )
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, cond: Tensor | None = None) -> Tensor:
         """The state itself."""
         return x0
 

@@ -105,6 +105,6 @@ class TableDenoiser:
         weight = weight / weight.sum(-1, keepdim=True)
         return torch.einsum("bs,slv->blv", weight, self._one_hot)
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, cond: Tensor | None = None) -> Tensor:
         """The tokens themselves."""
         return x0

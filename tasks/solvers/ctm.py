@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.few_step import end_time, noised, refuse_negative, refuse_times_below
 from tasks.registry import solvers
-from tasks.solvers.consistency import end_time, noised, refuse_negative, refuse_times_below
 from tasks.types import Noise, State
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.few_step import flow_end, noised
 from tasks.processes import VP
 from tasks.registry import solvers
-from tasks.solvers.consistency import flow_end, noised
 from tasks.types import Noise, State
 
 
@@ -60,8 +60,8 @@ class LCM:
         """Refuse processes that have no training steps to lay the boundary in."""
         if self.boundary and not isinstance(process, VP):
             raise ValueError(
-                f"solver lcm scales by training steps, which a {type(process).__name__} process does not have; allowed: "
-                "VP. Set solver.boundary=false or use solver=consistency."
+                f"solver lcm scales by training steps, which a {type(process).__name__} process does not have; "
+                "allowed: VP. Set solver.boundary=false or use solver=consistency."
             )
 
     def step(self, model: Any, state: State, t: float, s: float, noise: Noise) -> State:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.processes import transfer
 from tasks.registry import solvers
 from tasks.types import Conditioned, Noise, State
 
@@ -38,21 +39,14 @@ class RectifiedFlow:
 
     def check(self, process: Any, grid: Sequence[float]) -> None:
         """Refuse processes whose path is not a straight line."""
-        refuse_curved(process)
+        if process.kind_of_path != "linear":
+            raise ValueError(
+                f"solver rectified_flow steps flows, but this model's process is {type(process).__name__}; allowed: "
+                "Flow. Use solver=euler or a model with a flow, for example model=digits_flow."
+            )
 
     def step(self, model: Conditioned, state: State, t: float, s: float, noise: Noise) -> State:
         """From t to s."""
-        refuse_curved(model.process)
         x0_hat = model.denoise(state.x, t)
-        # The same sum as x + (s - t) v, arranged so that s = 0 gives x0_hat to the last bit.
-        x = (s / t) * state.x + (1.0 - s / t) * x0_hat
-        return State(x, x0_hat, None, state.step + 1)
-
-
-def refuse_curved(process: Any) -> None:
-    """A velocity in t moves along straight paths only."""
-    if process.kind_of_path != "linear":
-        raise ValueError(
-            f"solver rectified_flow steps flows, but this model's process is {type(process).__name__}; allowed: Flow. Use "
-            "solver=euler or a model with a flow, for example model=digits_flow."
-        )
+        # On a flow transfer is x + (s - t) v, arranged so that s = 0 gives x0_hat to the last bit.
+        return State(transfer(model.process, state.x, x0_hat, t, s), x0_hat, None, state.step + 1)

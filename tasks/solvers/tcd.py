@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.few_step import flow_end, noised
 from tasks.processes import transfer
 from tasks.registry import solvers
-from tasks.solvers.consistency import flow_end, noised
 from tasks.types import Noise, State
 
 

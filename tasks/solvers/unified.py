@@ -168,7 +168,7 @@ class Unified:
 
     def step(self, model: Conditioned, state: State, t: float, s: float, noise: Noise) -> State:
         """From t to s."""
-        return integrator.run_group(model, state, state.step, noise, self.hook_objects, self.s_noise)
+        return integrator.run_group(model, state, noise, self.hook_objects, self.s_noise)
 
 
 _SETTINGS = tuple(f.name for f in fields(Settings) if f.name != "order")

@@ -52,7 +52,7 @@ class BestOfN:
         assert reward is not None
         wide = sampler.repeat(self.n)
         x0 = wide.run(noise.repeat(self.n)).x  # type: ignore[attr-defined]  # (B N, *shape)
-        rewards = reward(sampler.model.decode(x0), wide.cond).view(-1, self.n)
+        rewards = reward(sampler.model.decode(x0, wide.cond), wide.cond).view(-1, self.n)
         slot = rewards.argmax(dim=1)
         rows = torch.arange(len(slot), device=slot.device) * self.n + slot
         return Samples(reindex(x0, rows), {"candidate_rewards": rewards, "slot": slot})

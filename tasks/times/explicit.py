@@ -36,6 +36,6 @@ class Explicit:
         """N."""
         return len(self.values) - 1
 
-    def __call__(self, process: Any) -> tuple[float, ...]:
+    def __call__(self, process: Any, start: float = 1.0) -> tuple[float, ...]:
         """The values."""
         return self.values

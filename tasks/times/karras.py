@@ -31,8 +31,8 @@ class Karras:
         if self.num_steps < 1 or self.rho <= 0:
             raise ValueError(f"karras needs num_steps >= 1 and rho > 0, got {self.num_steps} and {self.rho}.")
 
-    def __call__(self, process: Any) -> tuple[float, ...]:
+    def __call__(self, process: Any, start: float = 1.0) -> tuple[float, ...]:
         """N+1 times."""
-        first, last = lam_range(process)
+        first, last = lam_range(process, start)
         ramp = np.linspace(math.exp(-first / self.rho), math.exp(-last / self.rho), self.num_steps)
-        return times_from_lam(process, -self.rho * np.log(ramp))
+        return times_from_lam(process, start, -self.rho * np.log(ramp))

@@ -28,6 +28,6 @@ class LogSNR:
         if self.num_steps < 1:
             raise ValueError(f"times.num_steps must be at least 1, got {self.num_steps}.")
 
-    def __call__(self, process: Any) -> tuple[float, ...]:
+    def __call__(self, process: Any, start: float = 1.0) -> tuple[float, ...]:
         """N+1 times."""
-        return times_from_lam(process, np.linspace(*lam_range(process), self.num_steps))
+        return times_from_lam(process, start, np.linspace(*lam_range(process, start), self.num_steps))

@@ -29,6 +29,6 @@ class Quadratic:
         if self.power <= 0:
             raise ValueError(f"times.power must be positive, got {self.power}.")
 
-    def __call__(self, process: Any) -> tuple[float, ...]:
+    def __call__(self, process: Any, start: float = 1.0) -> tuple[float, ...]:
         """N+1 times."""
-        return tuple((1.0 - i / self.num_steps) ** self.power for i in range(self.num_steps)) + (0.0,)
+        return tuple(start * (1.0 - i / self.num_steps) ** self.power for i in range(self.num_steps)) + (0.0,)

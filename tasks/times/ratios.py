@@ -32,9 +32,9 @@ class Ratios:
         """N."""
         return len(self.ratios) + 1
 
-    def __call__(self, process: Any) -> tuple[float, ...]:
+    def __call__(self, process: Any, start: float = 1.0) -> tuple[float, ...]:
         """N+1 times."""
-        nodes = [1.0]
+        nodes = [start]
         for ratio in self.ratios:
             nodes.append(nodes[-1] * ratio)
         return (*nodes, 0.0)

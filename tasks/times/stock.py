@@ -25,6 +25,6 @@ class Stock:
         if self.num_steps < 1:
             raise ValueError(f"times.num_steps must be at least 1, got {self.num_steps}.")
 
-    def __call__(self, process: Any) -> tuple[float, ...]:
+    def __call__(self, process: Any, start: float = 1.0) -> tuple[float, ...]:
         """Refused: the solver lays this grid."""
         raise ValueError("times=stock is a stock scheduler's own grid. Use it with solver=diffusers.")

@@ -25,6 +25,6 @@ class Uniform:
         if self.num_steps < 1:
             raise ValueError(f"times.num_steps must be at least 1, got {self.num_steps}.")
 
-    def __call__(self, process: Any) -> tuple[float, ...]:
+    def __call__(self, process: Any, start: float = 1.0) -> tuple[float, ...]:
         """N+1 times."""
-        return tuple(1.0 - i / self.num_steps for i in range(self.num_steps)) + (0.0,)
+        return tuple(start * (1.0 - i / self.num_steps) for i in range(self.num_steps)) + (0.0,)
