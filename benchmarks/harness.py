@@ -9,6 +9,7 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,7 +27,14 @@ class Figure:
 
 def options(description: str) -> argparse.Namespace:
     """``--quick`` measures less, ``--json`` prints the machine-readable line."""
-    parser = argparse.ArgumentParser(description=description)
+    return arguments(description)
+
+
+def arguments(description: str, *more: tuple[str, dict[str, Any]]) -> argparse.Namespace:
+    """The same, with a benchmark's own options."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, settings in more:
+        parser.add_argument(flag, **settings)
     parser.add_argument("--quick", action="store_true", help="smaller sizes: a smoke test, not a measurement")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser.parse_args()

@@ -77,8 +77,12 @@ def parser() -> argparse.ArgumentParser:
     listing = verb("list", "every registered plug-in, or those of one kind")
     listing.add_argument("kind", nargs="?", help="model, solver, times, guidance, strategy, reward, features, metric, "
                          "search, executor, tracker or study")  # fmt: skip
-    show = verb("show", "a plug-in's summary, fields, defaults and reference")
-    show.add_argument("name")
+    show = verb("show", "a plug-in's summary, fields, defaults and reference; or `schedule FILE`, every step in words")
+    show.add_argument("name", help="a plug-in, or the word schedule")
+    show.add_argument("file", nargs="?", metavar="FILE", help="a solver schedule as JSON")
+    show.add_argument("--html", metavar="OUT", help="also draw the schedule, as a page of its own")
+    export = verb("export", "a recipe, or trial=N of a finished study, as a diffusers scheduler that is checked", True)
+    export.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     train = verb("train", "train an embedded model again: digits, digits_flow, digits_classifier, digits_consistency")
     train.add_argument("name")
     train.add_argument("--steps", type=int, help="optimiser steps")

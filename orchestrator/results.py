@@ -54,7 +54,7 @@ class Results:
                 "key": trial.recipe.key,
                 "first_index": trial.first_index,
                 "num_samples": trial.num_samples,
-                "nfe": trial.recipe.nfe,
+                "nfe": trial.nfe,
                 "commit": trial.commit,
             }
             row |= {f"value/{name}": trial.values.get(name) for name in names}

@@ -149,6 +149,13 @@ class Trial:
         return self.first_index + self.num_samples
 
     @property
+    def nfe(self) -> float:
+        """Network evaluations of one sample: the recipe's, or what rows really cost where the solver decides for itself."""
+        if getattr(self.recipe.parts.solver, "adaptive", False) and self.cost.get("nfe"):
+            return self.cost["nfe"] / self.num_samples
+        return self.recipe.nfe
+
+    @property
     def identity(self) -> str:
         """The same for the same rows in the same part."""
         if self.num_samples == 0:  # it never ran: known by what was asked for

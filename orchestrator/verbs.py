@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.exits import COMPLETE, DEGRADED, FAILED, Terminated
+from orchestrator.export import export
 from orchestrator.verbs_likelihood import likelihood
 from orchestrator.verbs_look import (
     doctor,
@@ -315,6 +316,7 @@ VERBS = {
     "show": show,
     "train": train,
     "likelihood": likelihood,
+    "export": export,
     "ui": ui,
     "doctor": doctor,
 }

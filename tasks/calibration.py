@@ -14,9 +14,9 @@ import copy
 import hashlib
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,28 +258,25 @@ def make(recipe: Recipe, calibration: Calibration, parts: Any) -> tuple[dict[str
     return {name: np.asarray(value) for name, value in arrays.items()}, cost
 
 
-@lru_cache(maxsize=64)
-def _made(text: str) -> dict[str, dict[str, np.ndarray]]:
-    from tasks.recipe import Recipe
-
-    recipe = Recipe(**json.loads(text))
-    found: dict[str, dict[str, np.ndarray]] = {}
-    parts = recipe.parts
-    for calibration in recipe.calibrations:
-        if calibration.key.startswith("file:"):
-            plugin = dict(places(recipe.parts))[calibration.place]
-            arrays = _read(plugin.artifact, calibration.meta)[1]
-        else:
-            arrays = make(recipe, calibration, parts)[0]
-        found[calibration.key] = arrays
-        parts = bind(parts, calibration.place, arrays_for(recipe, calibration, arrays))
-    return found
+# What was made in this process, by key: recipes that differ elsewhere share it.
+_MADE: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
+_MADE_LIMIT = 64
 
 
 def make_all(recipe: Recipe) -> dict[str, dict[str, np.ndarray]]:
     """Every artifact of a recipe, made here and kept in memory: for use without a store."""
-    from dataclasses import asdict
-
-    from tasks.recipe import canonical
-
-    return _made(canonical(asdict(recipe))) if recipe.calibrations else {}
+    found: dict[str, dict[str, np.ndarray]] = {}
+    parts = recipe.parts
+    for calibration in recipe.calibrations:
+        if calibration.key in _MADE:
+            arrays = _MADE[calibration.key]
+        elif calibration.key.startswith("file:"):
+            plugin = dict(places(recipe.parts))[calibration.place]
+            arrays = _read(plugin.artifact, calibration.meta)[1]
+        else:
+            arrays = make(recipe, calibration, parts)[0]
+        found[calibration.key] = _MADE[calibration.key] = arrays
+        while len(_MADE) > _MADE_LIMIT:
+            _MADE.popitem(last=False)
+        parts = bind(parts, calibration.place, arrays_for(recipe, calibration, arrays))
+    return found

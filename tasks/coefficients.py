@@ -125,13 +125,18 @@ def update(process: Any, step: Step, times: dict[int, float], s: float, correcti
     origin = _place(process, step.variable, t, 0)
     terms = [zeroth, *(_moment(process, step, t, s, d, origin, zeroth, kernel) for d in range(1, order))]
     weights: dict[int, float] = {0: zeroth}
-    span = _place(process, step.variable, s, 1) - origin
+    span = _place(process, step.variable, s, step.start) - origin
     for d, group in enumerate(groups, 1):
         factor = 1.0 if correcting else (step.scale[d - 1] if d <= len(step.scale) else 1.0)
         term = terms[d]
         if step.relax != "none" and order == 2 and len(group) == 1:
             term = _relaxed(step, h) * zeroth / step_zero(step, h)
-        places = [_place(process, step.variable, spots[o], 1 if o == END else o) - origin for o in group]
+        places = [_place(process, step.variable, spots[o], step.start if o == END else o) - origin for o in group]
+        if not all(map(math.isfinite, places)) or len({*places, 0.0}) <= len(places):
+            raise ValueError(
+                f"a step in {step.variable} from t={t:.6g} needs evaluations at different, finite places, got offsets "
+                f"{[round(place, 6) for place in places]}. Lower its order, or use another variable."
+            )
         for offset, a in zip(group, derivative_weights(places, d, span), strict=True):
             weights[offset] = weights.get(offset, 0.0) + factor * term * a
             weights[0] -= factor * term * a
@@ -190,7 +195,7 @@ def _moment(
 ) -> float:
     """The integral of (variable - origin)^d / d! against the kernel of the form."""
     if step.variable == "index":
-        return zeroth / math.factorial(d + 1)
+        return zeroth * step.start**d / math.factorial(d + 1)
     if step.prediction == "v":
         low, high, to_time = angle(process, t), angle(process, s), None
     elif step.prediction == "eps" and step.variable != "lam":

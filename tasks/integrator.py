@@ -120,20 +120,40 @@ def run_group(model: Conditioned, state: State, noise: Noise, hooks: Sequence[An
 def _one(
     model: Conditioned, state: State, plan: Plan, i: int, noise: Noise, mark: str, hooks: Sequence[Any], s_noise: float
 ) -> State:
+    state = churn(plan, i, state, noise, mark, s_noise)
+    held = list(state.memory["hooks"])
+    x0 = _evaluate(model, plan, i, state.x, state.memory["entries"], hooks, held)
+    state = predict(plan, i, replace(state, memory=state.memory | {"hooks": tuple(held)}), x0, hooks)
+    if is_corrected(plan, i):
+        state = correct(plan, i, state, model.denoise(state.x, plan.times[i + 1]))
+    return finish(plan, i, state, noise, mark, hooks)
+
+
+# --- the parts of step i, for those who evaluate the network themselves ----------------------------------------------
+# In this order: ``churn``, an evaluation at ``plan.starts[i]`` (or ``unasked``), ``predict``, an evaluation at the end
+# of the step and ``correct`` where ``is_corrected``, ``finish``.
+
+
+def churn(plan: Plan, i: int, state: State, noise: Noise, mark: str = "", s_noise: float = 1.0) -> State:
+    """The state that the network is to see: with fresh noise where the step raises it."""
+    return replace(state, x=_churned(plan, i, state.x, noise, mark, s_noise)) if plan.steps[i].churn else state
+
+
+def predict(plan: Plan, i: int, state: State, x0: Tensor, hooks: Sequence[Any] = ()) -> State:
+    """The state at the end of the step, given the clean prediction at its start; the free corrector acts first."""
     step, memory, x = plan.steps[i], state.memory, state.x
     entries: tuple[Entry, ...] = memory["entries"]
     held = list(memory["hooks"])
-    shape = tuple(x.shape[1:])
-    if step.churn:
-        x = _churned(plan, i, x, noise, mark, s_noise)
-    x0 = _evaluate(model, plan, i, x, entries, hooks, held)
     for j, hook in enumerate(hooks):
         if hasattr(hook, "settle"):
             x = hook.settle(plan, i, x, x0, held[j])
     fresh = Entry(x, x, x0, convert(step, x, x0, plan.alpha[i], plan.sigma[i]))
     before = plan.steps[i - 1] if i else step
     if i and before.corrector == "pseudo" and (correction := plan.corrections[i - 1]) is not None:
-        x = _combine(correction, before, i - 1, plan, entries, fresh)
+        end = fresh
+        if before.prediction != step.prediction:
+            end = replace(fresh, f=convert(before, x, x0, plan.alpha[i], plan.sigma[i]))
+        x = _combine(correction, before, i - 1, plan, entries, end)
         fresh = replace(fresh, x=x)
     entries = (fresh, *entries[: plan.depth - 1])
     if i and (before.prediction != step.prediction):
@@ -146,18 +166,50 @@ def _one(
         moved = _directed(found, step, i, plan, entries, hooks, held)
     else:
         moved = _combine(found, step, i, plan, entries, None)
-    if step.corrector == "implicit" and (correction := plan.corrections[i]) is not None:
-        # The evaluation at the predicted end serves this correction only; the next step evaluates at the corrected one.
-        end = plan.times[i + 1]
-        there = model.denoise(moved, end)
-        f = convert(step, moved, there, plan.process.alpha(end), plan.process.sigma(end))
-        moved = _combine(correction, step, i, plan, entries, Entry(moved, moved, there, f))
-    if found.std > 0:
-        moved = moved + found.std * noise.normal(shape, purpose=f"step{mark}")
+    return State(moved, x0, memory | {"entries": entries, "hooks": tuple(held)}, state.step)
+
+
+def is_corrected(plan: Plan, i: int) -> bool:
+    """Whether the step evaluates the network at its predicted end and is made again."""
+    return plan.steps[i].corrector == "implicit" and plan.corrections[i] is not None
+
+
+def correct(plan: Plan, i: int, state: State, there: Tensor) -> State:
+    """The step made again with the clean prediction at its predicted end.
+
+    That evaluation serves this correction only; the next step evaluates at the corrected end.
+    """
+    step, end, moved, correction = plan.steps[i], plan.times[i + 1], state.x, plan.corrections[i]
+    assert correction is not None
+    f = convert(step, moved, there, plan.process.alpha(end), plan.process.sigma(end))
+    made = _combine(correction, step, i, plan, state.memory["entries"], Entry(moved, moved, there, f))
+    return replace(state, x=made)
+
+
+def finish(plan: Plan, i: int, state: State, noise: Noise, mark: str = "", hooks: Sequence[Any] = ()) -> State:
+    """The end of the step: its fresh noise, and what hooks do there."""
+    moved, held = state.x, list(state.memory["hooks"])
+    std = plan.updates[i].std
+    if std > 0:
+        moved = moved + std * noise.normal(tuple(moved.shape[1:]), purpose=f"step{mark}")
     for j, hook in enumerate(hooks):
         if hasattr(hook, "land"):
-            moved, held[j] = hook.land(plan, i, moved, entries, held[j])
-    return State(moved, x0, memory | {"entries": entries, "hooks": tuple(held)}, state.step)
+            moved, held[j] = hook.land(plan, i, moved, state.memory["entries"], held[j])
+    return replace(state, x=moved, memory=state.memory | {"hooks": tuple(held)})
+
+
+def unasked(plan: Plan, i: int, x: Tensor, entries: Sequence[Entry]) -> Tensor | None:
+    """The clean prediction of a step that does not call the network; None where it does."""
+    step = plan.steps[i]
+    if step.call == "noise":
+        return torch.zeros_like(x)
+    if step.call != "reuse":
+        return None
+    last = entries[0]
+    if step.prediction == "x0":
+        return last.x0
+    eps = (last.seen - plan.alpha[i - 1] * last.x0) / plan.sigma[i - 1]
+    return (x - plan.sigma[i] * eps) / plan.alpha[i]
 
 
 def _churned(plan: Plan, i: int, x: Tensor, noise: Noise, mark: str, s_noise: float) -> Tensor:
@@ -170,15 +222,9 @@ def _churned(plan: Plan, i: int, x: Tensor, noise: Noise, mark: str, s_noise: fl
 def _evaluate(
     model: Conditioned, plan: Plan, i: int, x: Tensor, entries: tuple[Entry, ...], hooks: Sequence[Any], held: list[Any]
 ) -> Tensor:
-    step = plan.steps[i]
-    if step.call == "noise":
-        return torch.zeros_like(x)
-    if step.call == "reuse":
-        last = entries[0]
-        if step.prediction == "x0":
-            return last.x0
-        eps = (last.seen - plan.alpha[i - 1] * last.x0) / plan.sigma[i - 1]
-        return (x - plan.sigma[i] * eps) / plan.alpha[i]
+    given = unasked(plan, i, x, entries)
+    if given is not None:
+        return given
     t: float | Tensor = plan.starts[i]
     for j, hook in enumerate(hooks):
         if hasattr(hook, "adapt_time"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.coefficients import highest_order, is_usable
 from tasks.registry import unknown
-from tasks.schedule import SolverSchedule, Step
+from tasks.schedule import MAX_ORDER, SolverSchedule, Step
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,16 @@ def settings(preset: str, changes: dict[str, Any]) -> Settings:
     if preset not in PRESETS:
         raise unknown("preset", preset, sorted(PRESETS), "Allowed")
     found = replace(PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})
+    if found.kappa < 0 or found.leading < 0 or found.implicit_start < 0:
+        raise ValueError(
+            "solver.kappa, leading and implicit_start must not be negative, got "
+            f"{found.kappa}, {found.leading} and {found.implicit_start}."
+        )
+    highest = 3 if found.singlestep or found.interleaved else MAX_ORDER
+    if not 1 <= found.order <= highest:
+        raise ValueError(f"solver.max_order must be between 1 and {highest} here, got {found.order}.")
+    if found.singlestep and (found.corrector != "none" or found.implicit_start):
+        raise ValueError("singlestep blocks take no corrector and no implicit start. Set corrector=none.")
     if found.eta and found.kappa:
         raise ValueError(f"solver.eta and solver.kappa say the same thing, got {found.eta} and {found.kappa}. Set one.")
     if not 0 <= found.eta <= 1:
@@ -133,12 +143,18 @@ def uniform_step(s: Settings, process: Any = None) -> Step:
 
 
 def declared_order(s: Settings) -> int:
-    """The order of accuracy of the deterministic run, from its uniform settings."""
+    """The order of accuracy of the deterministic run, from its uniform settings; 0 where there is none to declare.
+
+    Multistep runs of order 3 and more begin with lower orders. At high noise, where the prediction hardly changes, that
+    costs nothing; a run that begins elsewhere is of second order unless ``implicit_start`` begins it better.
+    """
+    if s.interleaved and s.order > 2:
+        return 0  # its blocks depend on where the grid's nodes happen to lie
     if s.half_second or s.variable == "index":
         return min(s.order, 2)  # constant weights are exact on an equally spaced grid only
-    if s.lower_order_final:
-        return 2  # the last step alone is of first order, with a local error of second order
-    return s.order + (s.corrector != "none")
+    full = s.order + (s.corrector != "none")
+    # With lower orders at the end the last step alone is of first order, with a local error of second order.
+    return min(full, 2) if s.lower_order_final else full
 
 
 def nfe(s: Settings, num_steps: int, to_data: bool = True) -> int:
@@ -146,7 +162,8 @@ def nfe(s: Settings, num_steps: int, to_data: bool = True) -> int:
     full = num_steps - to_data  # steps that do not end at the data, where every form is of first order
     leading = min(s.leading, full)
     blocks = (s.order if s.singlestep else 1) * (full - leading) + leading + to_data
-    implicit = full - leading if s.corrector == "implicit" else min(s.implicit_start, full)
+    stochastic = s.kappa > 0 or s.eta > 0
+    implicit = full - leading if s.corrector == "implicit" else 0 if stochastic else min(s.implicit_start, full)
     return blocks + implicit - (s.first == "noise")
 
 
@@ -173,7 +190,7 @@ def build(s: Settings, process: Any, grid: tuple[float, ...], note: str = "") ->
     for i in range(num_steps):
         t, end = grid[i], grid[i + 1]
         base = uniform_step(s, process)
-        base = replace(base, call="model" if i else s.first, churn=_churn(s, process, t, num_steps))
+        base = replace(base, call="model" if i else s.first, churn=_churn(s, process, i, t, num_steps))
         base = replace(base, kappa=_kappa(s, process, i, t, end))
         if i < s.leading:
             base = replace(base, corrector="none" if base.corrector == "implicit" else base.corrector)
@@ -185,7 +202,14 @@ def build(s: Settings, process: Any, grid: tuple[float, ...], note: str = "") ->
         if ends_at_data or (i == num_steps - 1 and base.corrector == "pseudo"):
             base = replace(base, corrector="none")
         # No step that starts at alpha = 0 can be corrected in a form that is infinite there.
-        if base.corrector != "none" and highest_order(process, base, t, end) == 1:
+        if base.corrector == "implicit" and highest_order(process, base, t, end) == 1:
+            raise ValueError(
+                f"an implicit corrector in prediction {base.prediction} and variable {base.variable} cannot start at "
+                "alpha = 0. Use prediction=ode variable=rho on flows."
+            )
+        if base.corrector == "pseudo" and (
+            highest_order(process, base, t, end) == 1 or _churn(s, process, i + 1, end, num_steps) > 0
+        ):
             base = replace(base, corrector="none")
         if s.singlestep and i < s.leading:
             made = [(replace(base, order=1), end)]
@@ -200,8 +224,10 @@ def build(s: Settings, process: Any, grid: tuple[float, ...], note: str = "") ->
     return SolverSchedule(tuple(times), tuple(steps), note), tuple(sizes)
 
 
-def _churn(s: Settings, process: Any, t: float, num_steps: int) -> float:
+def _churn(s: Settings, process: Any, i: int, t: float, num_steps: int) -> float:
     level = process.sigma(t) / process.alpha(t) if process.alpha(t) > 0 else math.inf
+    if s.window is not None and not s.window[0] <= i < s.window[1]:
+        return 0.0
     if not s.churn or not s.churn_min <= level <= s.churn_max or math.isinf(level):
         return 0.0
     return min(s.churn / num_steps, math.sqrt(2.0) - 1.0)
@@ -233,7 +259,13 @@ def _multistep(
     order = min(order, highest_order(process, replace(base, order=order), times[i], end))
     # Evaluations whose place in the chosen variable is finite, from the latest backwards.
     usable = 0
-    while usable < i and is_usable(process, base.variable, times[i - 1 - usable]):
+    # Fresh noise makes differences of earlier predictions meaningless.
+    while (
+        not base.churn
+        and usable < i
+        and not steps[i - usable - 1].churn
+        and is_usable(process, base.variable, times[i - 1 - usable])
+    ):
         usable += 1
     step = replace(base, order=min(order, usable + 1))
     return replace(step, scale=(1.0, 0.5)) if s.half_second and step.order == 3 else step
@@ -268,7 +300,8 @@ def _singlestep(s: Settings, base: Step, process: Any, t: float, end: float) -> 
     if s.order == 1 or process.sigma(end) == 0:
         return [(replace(base, order=1), end)]
     is_start = process.alpha(t) == 0  # where log-SNR is infinite: nodes from a little later, first-order steps
-    first, last = process.lam(1.0 - process.t_min if is_start else t), process.lam(end)
+    last = process.lam(end)
+    first = min(process.lam(1.0 - process.t_min), last - 1.0) if is_start else process.lam(t)
     nodes = [process.time(first + (last - first) * j / s.order) for j in range(1, s.order)] + [end]
     made = []
     for j, node in enumerate(nodes, 1):

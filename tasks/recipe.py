@@ -205,10 +205,18 @@ class Recipe:
                 f"{self.model['name']} gives {' and '.join(_GIVES[g] for g in given)}. Solvers that fit: "
                 f"{', '.join(fitting)}."
             )
-        if not getattr(process, "stochastic_ok", True) and p.solver.stochastic:
+        if needed != "posterior_mean" and "flow_map" in given and self.guidance["name"] != "none":
             raise ValueError(
-                f"{type(process).__name__} has no stochastic sampler, but solver {self.solver['name']} draws noise. "
-                "Choose a deterministic solver."
+                f"guidance {self.guidance['name']} cannot guide the exact flow map that solver {self.solver['name']} uses. "
+                "Use guidance=none, or a model that was distilled with guidance."
+            )
+        noisy = [f"solver {self.solver['name']}"] if p.solver.stochastic else []
+        noisy += [f"times {self.times['name']}"] if getattr(p.times, "travels", False) else []
+        noisy += [f"initial {self.initial['name']}"] if self.initial["name"] not in ("prior", "shared_noise") else []
+        if not getattr(process, "stochastic_ok", True) and noisy:
+            raise ValueError(
+                f"{type(process).__name__} is sampled by its ODE from its own prior alone, but {noisy[0]} draws Gaussian "
+                "noise. Choose a deterministic solver and initial=prior."
             )
         if getattr(p.times, "travels", False) and not getattr(p.solver, "restarts", True):
             raise ValueError(
@@ -225,6 +233,13 @@ class Recipe:
             raise ValueError(f"labels must be cycle, null or a number, got {self.labels!r}.")
         if isinstance(self.labels, int) and not 0 <= self.labels < max(classes, 1):
             raise ValueError(f"labels must be below the model's {classes} classes, got {self.labels}.")
+        if getattr(self.parts.model, "needs_labels", False) and not self.has_labels:
+            raise ValueError(f"model {self.model['name']} needs a label for every row. Set labels=cycle.")
+        if self.parts.guidance.needs_labels and getattr(self.parts.model, "needs_labels", False):
+            raise ValueError(
+                f"model {self.model['name']} has no unconditional prediction, so guidance {self.guidance['name']} cannot "
+                "be used. Use guidance=none."
+            )
         if self.parts.guidance.needs_labels and not self.has_labels:
             raise ValueError(
                 f"guidance {self.guidance['name']} needs labels, but "
@@ -246,7 +261,10 @@ class Recipe:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations that one sample costs, for strategies that spend evenly."""
+        """Network evaluations that one sample costs, for strategies that spend evenly.
+
+        A lower bound where the solver chooses its own steps (``adaptive``); the rows know what they cost.
+        """
         grid, stock_steps = self.grid
         p, spent = self.parts, 0
         for first, last in segments(grid) if stock_steps is None else [(0, stock_steps)]:

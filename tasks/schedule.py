@@ -195,11 +195,17 @@ class SolverSchedule:
             raise ValueError(f"the times of a schedule must lie in [0, 1], got {self.times[0]} … {self.times[-1]}.")
         for i, step in enumerate(self.steps):
             check_step(i, len(self.steps), step)
+            if i and step.churn and self.steps[i - 1].corrector == "pseudo":
+                raise ValueError(
+                    f"step {i} raises the noise, so step {i - 1} cannot have a pseudo corrector: it would correct the "
+                    "fresh noise away. Use none or implicit there."
+                )
 
     @property
     def nfe(self) -> int:
         """Network evaluations of one trajectory."""
-        return sum(evaluations(step) for step in self.steps)
+        wasted = self.times[-1] == 0 and self.steps[-1].corrector == "implicit"  # no network is defined at the data
+        return sum(evaluations(step) for step in self.steps) - wasted
 
     @property
     def stochastic(self) -> bool:
@@ -260,7 +266,8 @@ class SolverSchedule:
         for step, s in zip(self.steps, self.times[1:], strict=True):
             spent.append(spent[-1] + evaluations(step))
             y.append(s)
-        heights = y if process is None else [process.lam(t) for t in y]
+        levels = y if process is None else [process.lam(t) for t in y]
+        heights = [level if abs(level) != float("inf") else None for level in levels]
         words = ["start", *(str(step) for step in self.steps)]
         figure = go.Figure(
             go.Scatter(x=spent, y=heights, mode="lines+markers", line={"shape": "hv"}, text=words, hoverinfo="text+x+y")

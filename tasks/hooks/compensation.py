@@ -30,7 +30,8 @@ class Compensation:
         num_samples: trajectories of the search.
         num_held_out: trajectories that a ratio has to help.
         num_reference: steps of the reference, at least.
-        low, high: range of the search.
+        low: lower end of the search.
+        high: upper end of the search.
         predict: take the ratios from the polynomial (CPR) fitted to searches at ``nfes`` and guidance ``scales``;
             refused outside their range. For settings that were not searched.
         nfes: evaluations of the runs searched for the polynomial.

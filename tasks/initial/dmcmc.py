@@ -31,7 +31,8 @@ class DenoisingMCMC:
         num_moves: moves of a chain, one evaluation each.
         eta: step size in units of rho^2. The paper's constant 0.8 is in pixels squared; relative steps suit any level.
         level: noise level sigma / alpha at which the solver takes over.
-        low, high: range of levels; uniform in their logarithm.
+        low: lowest level; levels are equally likely in their logarithm.
+        high: highest level.
         num_levels: levels that are told apart.
         select: last keeps the chain's law; min takes the cleanest state visited, as published, which favours modes that
             are left with little noise (a biased choice).

@@ -323,7 +323,7 @@ def test_a_shard_that_differs_or_is_not_stored_says_so(
     key = Results(str(finished), "tiny").trials()[0]["key"]
     absent = solvus("shard", f"root={finished}", f"{key}/0-100", "--json")
     assert (absent.code, absent.data["equal_to_stored"]) == (0, None)
-    monkeypatch.setattr("tasks.models.gmm.MixtureDenoiser.decode", lambda self, x0: x0 + 1e-6)
+    monkeypatch.setattr("tasks.models.gmm.MixtureDenoiser.decode", lambda self, x0, cond=None: x0 + 1e-6)
     other = solvus("shard", f"root={finished}", f"{key}/0-32")
     assert other.code == 1 and "DIFFERENT" in other.out
 

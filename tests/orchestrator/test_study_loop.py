@@ -170,7 +170,8 @@ def test_a_sample_that_is_not_finite_fails_its_trial(
     import torch
 
     monkeypatch.setattr(
-        "tasks.models.gmm.MixtureDenoiser.decode", lambda self, x0: torch.where(x0 == x0.max(), math.inf, x0)
+        "tasks.models.gmm.MixtureDenoiser.decode",
+        lambda self, x0, cond=None: torch.where(x0 == x0.max(), math.inf, x0),
     )
     search = Scripted({})
     done = scripted(make_study(), search)

@@ -117,6 +117,8 @@ MEMBERS = {
     "model": ("noising", "shape", "num_classes", "kind", "revision", "reference", "load"),
     "solver": ("process", "order", "stochastic", "step", "nfe", "fit"),
     "times": ("num_steps", "__call__"),
+    "hook": ("begin",),
+    "initial": ("evaluations", "start", "__call__"),
     "guidance": ("evaluations", "needs_labels", "wrap"),
     "strategy": ("particles", "uses_reward", "branches", "__call__"),
     "reward": ("needs_labels", "revision", "check", "__call__"),
@@ -191,7 +193,7 @@ def test_an_unknown_name_offers_the_nearest(kind, typo, nearest):
 
 
 def test_a_name_like_no_other_only_lists_the_registered():
-    with pytest.raises(ValueError, match="unknown solver 'qqqq'. Registered: ancestral, ddim") as caught:
+    with pytest.raises(ValueError, match="unknown solver 'qqqq'. Registered: ancestral, ") as caught:
         registry.solvers.get("qqqq")
     assert "did you mean" not in str(caught.value)
 
