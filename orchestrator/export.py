@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from orchestrator.exits import COMPLETE, FAILED
 from orchestrator.verbs_look import emit
@@ -93,8 +93,7 @@ def export(args: Any) -> int:
     recipe = _of_trial(root, str(data["name"]), numbers[-1]) if numbers else config.study(data).recipe
     found = write(point(recipe, root), folder)
     lines = [
-        f"{found['scheduler']} in {folder}: largest difference {found['largest_difference']:.3g} from Solvus's own "
-        f"samples ({found['compared']}), allowed {TOLERANCE:g}",
+        f"{found['scheduler']} in {folder}: {_judged(found)}",
         *(f"  not {gone['scheduler']}: {gone['reason']}" for gone in found["rejected"]),
         f"  files: {', '.join(found['files'])}",
     ]
@@ -102,6 +101,12 @@ def export(args: Any) -> int:
         lines[0] = f"export FAILED: {lines[0]}"
     emit(args, found | {"folder": str(folder)}, "\n".join(lines))
     return COMPLETE if found["ok"] else FAILED
+
+
+def _judged(found: dict[str, Any]) -> str:
+    gap = found["largest_difference"]
+    largest = found["reason"] if gap is None else f"largest difference {gap:.3g} from Solvus's own samples"
+    return f"{largest} ({found['compared']}), allowed {TOLERANCE:g}"
 
 
 def _of_trial(root: str, name: str, text: str) -> Any:
@@ -259,15 +264,17 @@ def candidates(p: Point) -> Iterator[Candidate]:
                 yield Candidate(getattr(diffusers, name)(**config), call)
         except (ValueError, NotImplementedError, TypeError):  # a configuration that this class does not know
             continue
-    yield _own(p, prediction)
+    # An exact model knows the clean sample, so UnifiedScheduler takes that.
+    yield _own(p, prediction if hasattr(p.parts.model, "checkpoint") else "sample")
 
 
 def prediction_of(p: Point) -> str:
-    """What the network says, in diffusers' words."""
-    from tasks.scheduler import natural_prediction
+    """What the network says to stock classes, in diffusers' words; an exact model says what they all understand."""
+    from tasks.processes import Flow
 
-    kind = p.parts.model.checkpoint.prediction if hasattr(p.parts.model, "checkpoint") else None
-    return natural_prediction(p.process) if kind is None else {"flow": "flow_prediction"}.get(kind, kind)
+    if not hasattr(p.parts.model, "checkpoint"):
+        return "flow_prediction" if isinstance(p.process, Flow) else "epsilon"
+    return {"flow": "flow_prediction"}.get(p.parts.model.checkpoint.prediction, p.parts.model.checkpoint.prediction)
 
 
 def _stock_call(p: Point, prediction: str) -> dict[str, Any]:
@@ -328,8 +335,8 @@ def _stock(p: Point) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     is_first = all((s.order, s.start, s.corrector, s.call) == (1, 1, "none", "model") for s in steps)
     if isinstance(process, Flow):
         if is_first:
-            config = {"num_train_timesteps": process.num_train_steps}
-            yield "FlowMatchEulerDiscreteScheduler", config, {"sigmas": list(times[:-1])}
+            flow = {"num_train_timesteps": process.num_train_steps}
+            yield "FlowMatchEulerDiscreteScheduler", flow, {"sigmas": list(times[:-1])}
         return
     if not isinstance(process, VP):
         return
@@ -337,19 +344,19 @@ def _stock(p: Point) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     if any(abs(n - round(n)) > 1e-6 for n in told):
         return
     nodes = {"timesteps": [round(n) for n in told]}
-    base = {
+    base: dict[str, Any] = {
         "beta_schedule": process.schedule, "beta_start": process.beta_start, "beta_end": process.beta_end,
         "num_train_timesteps": process.num_train_steps, "prediction_type": prediction_of(p),
     }  # fmt: skip
     is_uniform = all(abs(t - (1.0 - i / count)) < 1e-12 for i, t in enumerate(times))
     is_divisor = is_uniform and process.num_train_steps % count == 0
     if is_first and is_divisor:
-        trailing = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+        trailing: dict[str, Any] = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
         yield "DDIMScheduler", base | trailing, {"num_inference_steps": count}
     multistep = [("ddim", 1), ("dpmpp_2m", 2), ("dpmpp_3m_published", 3)]
     for preset, order in multistep:
         if is_first if order == 1 else _is_preset(schedule, process, preset):
-            config = {"solver_order": order, "solver_type": "midpoint", "lower_order_final": False}
+            config: dict[str, Any] = {"solver_order": order, "solver_type": "midpoint", "lower_order_final": False}
             yield "DPMSolverMultistepScheduler", base | config, nodes
     if is_divisor and _is_preset(schedule, process, "unipc"):
         yield (
@@ -386,7 +393,7 @@ def write(p: Point, folder: Path) -> dict[str, Any]:
     check = Check(p)
     rejected: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
-    reason = ""
+    largest, reason = math.inf, ""
     for candidate in candidates(p):
         if found:  # the one before was not good enough
             rejected.append({"scheduler": found["scheduler"], "reason": reason})
@@ -397,8 +404,16 @@ def write(p: Point, folder: Path) -> dict[str, Any]:
         found = {"scheduler": candidate.name, "set_timesteps": candidate.call, "largest_difference": largest}
         if largest <= TOLERANCE:
             break
-    ok = found["largest_difference"] <= TOLERANCE
-    found |= {"ok": ok, "tolerance": TOLERANCE, "compared": check.compared, "rejected": rejected}
+    ok = largest <= TOLERANCE
+    if not math.isfinite(largest):  # JSON has no infinity
+        found["largest_difference"] = None
+    found |= {
+        "ok": ok,
+        "reason": None if ok else reason,
+        "tolerance": TOLERANCE,
+        "compared": check.compared,
+        "rejected": rejected,
+    }
     found |= {"recipe": p.recipe.key, "model": p.recipe.model["name"], "revision": p.parts.model.revision}
     files = ["scheduler/scheduler_config.json"]
     if p.schedule is not None:
@@ -433,7 +448,7 @@ class Check:
         guided = p.parts.guidance.wrap(CountedModel(self.model, recipe.batch_size))
         grid, stock_steps = p.grid
         sampler = Sampler(guided, p.parts.solver, grid, self.labels, stock_steps, p.parts.initial)
-        self.rows: Any = RowNoise(recipe.seed, indices)
+        self.rows = cast(Any, RowNoise(recipe.seed, indices))
         with torch.no_grad():
             state = sampler.start(self.rows)
             self.start = state.x
@@ -473,7 +488,7 @@ class Check:
         import torch
 
         p, device = self.p, self.p.recipe.device
-        network = self._network()
+        network = self._network(scheduler)
         scheduler.set_timesteps(**call, device=device)
         # Flow-matching classes have neither a scale of the noise nor one of the input.
         x = self.start * (float(getattr(scheduler, "init_noise_sigma", 1.0)) / p.process.prior_std(p.grid[0][0]))
@@ -491,14 +506,21 @@ class Check:
                 x = scheduler.step(network(seen, t), t, x, **options, return_dict=False)[0]
         return x
 
-    def _network(self) -> Any:
+    def _network(self, scheduler: Any) -> Any:
         """The call that a pipeline makes: the UNet itself where there is one, guided as the recipe says."""
         import torch
 
+        from tasks import registry
         from tasks.checkpoint import UNetDenoiser
-        from tasks.scheduler import Network
+        from tasks.scheduler import Network, UnifiedScheduler
 
-        raw = self.model.network if isinstance(self.model, UNetDenoiser) else Network(self.model, prediction_of(self.p))
+        if isinstance(self.model, UNetDenoiser):
+            raw: Any = self.model.network
+        else:
+            p = self.p
+            plan = None if p.solver is None else registry.solvers.build(p.solver).plan(p.process, p.grid[0])
+            kind = scheduler.config.prediction_type if isinstance(scheduler, UnifiedScheduler) else prediction_of(p)
+            raw = Network(self.model, kind, () if plan is None else [*plan.starts, *plan.times])
         guidance, labels = self.p.recipe.guidance, self.labels
         if guidance["name"] == "none":
             return lambda x, t: raw(x, t, labels).sample
@@ -553,12 +575,11 @@ def readme(p: Point, found: dict[str, Any], scheduler: Any) -> str:
     if p.schedule is not None:
         schedule = "- `schedule.json`: every step, for `solvus run schedule=FILE` and `solvus show schedule FILE`\n"
     artifacts = "".join(f"- `artifact-{place}.safetensors`: for `{place}.artifact=FILE`\n" for place in p.arrays)
-    state = "equals" if found["ok"] else "DIFFERS FROM"
+    warning = "" if found["ok"] else "**This export FAILED: do not use it.** "
     return (
         f"# {found['scheduler']}\n\n"
         f"Recipe {p.recipe.key} of Solvus: model {p.recipe.model['name']}, solver {p.recipe.solver['name']}, "
-        f"{p.recipe.nfe} evaluations a sample. The scheduler {state} Solvus's own samples: largest difference "
-        f"{found['largest_difference']:.3g} ({found['compared']}).\n\n"
+        f"{p.recipe.nfe} evaluations a sample. {warning}Checked: {_judged(found)}.\n\n"
         f"```python\n{_imports(p, found)}\n{_loop_text(p, scheduler, call)}```\n{begins}\n"
         f"- `scheduler/`: for `from_pretrained`\n{schedule}{artifacts}- `check.json`: what was compared\n"
     )
@@ -569,12 +590,13 @@ def _imports(p: Point, found: dict[str, Any]) -> str:
 
     module = "tasks.scheduler" if found["scheduler"] == "UnifiedScheduler" else "diffusers"
     if not hasattr(p.parts.model, "checkpoint"):
+        kind = "" if module == "tasks.scheduler" else f", {prediction_of(p)!r}"
         names = sorted({"Network"} | ({"UnifiedScheduler"} if module == "tasks.scheduler" else set()))
         stock = "" if module == "tasks.scheduler" else f"from diffusers import {found['scheduler']}\n"
         return (
             f"import torch\n{stock}from tasks.registry import models\n"
             f"from tasks.scheduler import {', '.join(names)}\n\n"
-            f'unet = Network(models.build({p.recipe.model!r}).load("cpu"))'
+            f'unet = Network(models.build({p.recipe.model!r}).load("cpu"){kind})'
         )
     folder = p.parts.model.checkpoint.unet
     if folder.is_relative_to(WEIGHTS):

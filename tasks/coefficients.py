@@ -158,8 +158,11 @@ def _relaxed(step: Step, h: float) -> float:
 
 
 def _first_order(process: Any, step: Step, t: float, s: float) -> Update:
-    """The data form with one evaluation, finite at both ends: at alpha = 0 and at sigma = 0."""
+    """One evaluation, finite at both ends: the data form at alpha = 0, and the clean prediction itself at sigma = 0."""
     alpha_t, sigma_t, alpha_s, sigma_s = process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s)
+    if step.prediction == "eps":
+        assert alpha_t > 0 and sigma_s == 0, "a plan steps in the data form where alpha is 0"
+        return Update(alpha_s / alpha_t, ((0, -alpha_s * sigma_t / alpha_t),), 0.0, -alpha_s * sigma_t / alpha_t)
     fade = 1.0
     if step.kappa > 0 and sigma_s > 0:
         h = process.lam(s) - process.lam(t)

@@ -51,7 +51,14 @@ class Plan:
 
     def __init__(self, process: Any, schedule: SolverSchedule, sizes: Sequence[int] | None = None) -> None:
         self.process, self.schedule = process, schedule
-        self.steps, self.times = schedule.steps, schedule.times
+        self.times = schedule.times
+        # At alpha = 0 the noise form is infinite; its first-order step is the one that all forms share.
+        self.steps = tuple(
+            replace(step, prediction="x0", variable="lam")
+            if step.prediction == "eps" and step.order == 1 and process.alpha(t) == 0
+            else step
+            for step, t in zip(schedule.steps, schedule.times, strict=False)
+        )
         sizes = [1] * len(self.steps) if sizes is None else sizes
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         self.groups = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]

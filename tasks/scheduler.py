@@ -110,6 +110,11 @@ class UnifiedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         else:
             self._process = VP(beta_schedule, beta_start, beta_end, num_train_timesteps)
             self._process.alpha(0.5)  # refuses an unknown schedule
+        if isinstance(self._process, VP):  # trainers and some pipelines read these
+            steps = torch.arange(1, self._process.num_train_steps + 1, dtype=torch.float64)
+            kept = self._process.alpha(steps / self._process.num_train_steps).square()
+            self.alphas_cumprod = kept.float()
+            self.betas = (1.0 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])).float()
         self._prediction = PREDICTIONS[prediction_type]
         self._fixed = None if schedule is None else SolverSchedule.from_data(schedule)
         self._solver = _solver(preset, settings, self._fixed, hooks)
@@ -333,6 +338,10 @@ class UnifiedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: no grid is set, all entries are done, or the shapes differ.
         """
         plan = self._planned()
+        if self._step_index is not None and self._step_index >= len(self._entries):
+            raise ValueError(
+                f"all {len(self._entries)} entries of timesteps are done. Call set_timesteps before the next loop."
+            )
         if model_output.shape != sample.shape:
             raise ValueError(
                 f"model_output has shape {tuple(model_output.shape)}, but the sample {tuple(sample.shape)}. Keep the "
@@ -371,10 +380,6 @@ class UnifiedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _planned(self) -> Plan:
         if self._plan is None:
             raise ValueError("no times are set. Call set_timesteps before the loop.")
-        if self._step_index is not None and self._step_index >= len(self._entries):
-            raise ValueError(
-                f"all {len(self._entries)} entries of timesteps are done. Call set_timesteps before the next loop."
-            )
         return self._plan
 
     def _forget(self) -> None:
@@ -451,25 +456,23 @@ class Network(torch.nn.Module):
 
     Args:
         model: a loaded model of a Gaussian process.
-        prediction_type: what it says; by default that of its process: epsilon, flow_prediction, or sample for EDM.
+        prediction_type: what it says; "sample" is what such a model knows, without a rounding on the way.
+        times: the times that timesteps stand for, where their float32 is too coarse: an exact model tells them apart.
     """
 
-    def __init__(self, model: Any, prediction_type: str | None = None) -> None:
+    def __init__(self, model: Any, prediction_type: str = "sample", times: Sequence[float] = ()) -> None:
         super().__init__()
-        self.model, self.prediction_type = model, prediction_type or natural_prediction(model.process)
+        self.model, self.prediction_type, self.times = model, prediction_type, tuple(times)
 
     def forward(self, sample: Tensor, timestep: Any, class_labels: Tensor | None = None) -> Any:
         """Its answer at a training step."""
         process = self.model.process
         t = float(_time(process, torch.as_tensor(timestep, dtype=torch.float64)))
+        nearest = min(self.times, key=lambda known: abs(known - t), default=t)
+        t = nearest if abs(nearest - t) < 1e-6 else t
         x0 = self.model.denoise(sample, t, class_labels)
         kind = PREDICTIONS[self.prediction_type]
         return SimpleNamespace(sample=from_x0(kind, sample, x0, process.alpha(t), process.sigma(t)))
-
-
-def natural_prediction(process: GaussianProcess) -> str:
-    """What an exact model of a process is asked for."""
-    return "flow_prediction" if isinstance(process, Flow) else "sample" if isinstance(process, EDM) else "epsilon"
 
 
 def process_config(process: GaussianProcess) -> dict[str, Any]:

@@ -72,9 +72,15 @@ class Compensation:
 
     @property
     def calibrated_on(self) -> tuple[str, ...]:
-        """A search is for one grid and guidance; the polynomial serves all."""
-        always = ("solver", "initial", "labels", "seed", "dtype")
-        return always if self.predict else (*always, "guidance", "times")
+        """A search is for one grid and guidance; the polynomial serves all numbers of steps and guidance scales."""
+        always = ("solver", "initial", "labels", "seed", "dtype", "times")
+        return always if self.predict else (*always, "guidance")
+
+    def calibration_part(self, part: str, value: Any) -> Any:
+        """What of a part of the recipe the artifact depends on: the polynomial serves every length of one grid."""
+        if self.predict and part == "times":
+            return {k: v for k, v in value.items() if k != "num_steps"}
+        return value
 
     def calibration_fields(self) -> dict[str, Any]:
         """What the artifact depends on."""
@@ -192,6 +198,11 @@ class Compensation:
         """
         if not self.predict:
             return
+        if "num_steps" not in recipe.times:
+            raise ValueError(
+                f"compensation predicts ratios for any number of steps, but times {recipe.times['name']} have one "
+                "length. Use another grid, or set predict=false."
+            )
         steps, scale = self._setting(recipe)
         counts = [recipe.parts.solver.fit(nfe)[1] for nfe in self.nfes]
         scales = self.scales or (scale,)

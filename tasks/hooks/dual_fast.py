@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +43,24 @@ class DualFast:
         """Nothing is remembered before the first evaluation."""
         return None
 
-    def direction(self, plan: Any, i: int, u: Tensor, entries: Any, memory: Any) -> tuple[Tensor, Any]:
-        """The weighted mean of the predictions, shifted by the extrapolation of the base's own."""
+    @property
+    def direction(self) -> Callable[..., tuple[Tensor, Any]]:
+        """The weighted mean of the predictions, shifted by the extrapolation of the base's own; none at c_max=0.
+
+        Raises:
+            AttributeError: c_max is 0.
+        """
+        if self.c_max == 0:
+            raise AttributeError("direction")
+        return self._extrapolated
+
+    def _extrapolated(self, plan: Any, i: int, u: Tensor, entries: Any, memory: Any) -> tuple[Tensor, Any]:
         step, back = plan.steps[i], plan.steps[i].start - 1
         base, j = entries[back], i - back
         eps = (base.seen - plan.alpha[j] * base.x0) / plan.sigma[j]
         earlier = memory
         memory = eps if memory is None or self.tau == "prev" else memory
-        if earlier is None or self.c_max == 0:
+        if earlier is None:
             return u, memory
         nodes = [lam for lam in plan.lam[:-1] if abs(lam) != float("inf")]
         share = self.c_max * min(max((plan.lam[j] - nodes[0]) / (nodes[-1] - nodes[0]), 0.0), 1.0)

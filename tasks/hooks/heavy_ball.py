@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ class HeavyBall:
 
     u_n is the solver's own direction, the weighted mean of its predictions (an Adams-Bashforth combination of noises,
     or of data predictions). Averaging enlarges the region of stability, for artefacts at few steps and large guidance,
-    and costs
-    order: with beta < 1 the method is of first order. GHVB (``solver=ghvb``) keeps the order.
+    and costs order: with beta < 1 the method is of first order. GHVB (``solver=ghvb``) keeps the order. A pseudo
+    corrector makes every step again without momentum, so that only the predictor's states feel it.
 
     Args:
         beta: share of the new direction, in (0, 1].
@@ -47,7 +48,17 @@ class HeavyBall:
                 "predictions. Use a multistep preset, for example dpmpp_2m."
             )
 
-    def direction(self, plan: Any, i: int, u: Tensor, entries: Any, memory: Any) -> tuple[Tensor, Any]:
-        """The average with the directions before."""
+    @property
+    def direction(self) -> Callable[..., tuple[Tensor, Any]]:
+        """The average with the directions before; none at beta=1, where the solver keeps its own arithmetic.
+
+        Raises:
+            AttributeError: beta is 1.
+        """
+        if self.beta == 1:
+            raise AttributeError("direction")
+        return self._averaged
+
+    def _averaged(self, plan: Any, i: int, u: Tensor, entries: Any, memory: Any) -> tuple[Tensor, Any]:
         v = u if memory is None else (1.0 - self.beta) * memory + self.beta * u
         return v, v

@@ -24,8 +24,9 @@ class DPMOT:
     """DPM-OT expressway: a draw of the prior goes to the noised datum of its transport cell; the solver starts there.
 
     The cell of z is ``argmax_i <z, y_i> + h_i``; the heights h minimise a convex energy whose gradient is the cell's
-    measure minus 1 / N, so that every datum is used equally often (of a class, where rows have labels). Sampling then begins at the level to which the data
-    were noised. Outputs descend from stored data: judge them with a measure of diversity or memorisation too.
+    measure minus 1 / N, so that every datum (of a class, where rows have labels) is used equally often. Sampling then
+    begins at the level to which the data were noised. Outputs descend from stored data: judge them with a measure of
+    diversity or memorisation too.
 
     Args:
         level: noise level sigma / alpha to which the data are noised (M).

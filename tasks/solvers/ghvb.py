@@ -91,7 +91,7 @@ class GHVB:
         u = sum(w * past for w, past in zip(weights, held, strict=True))
         scale_t, place_t = process.ode(t)
         scale_s, place_s = process.ode(s)
-        if len(held) == 1:
+        if not before:  # finite where alpha is 0
             x = transfer(process, state.x, x0_hat, t, s)
         else:
             x = (scale_s / scale_t) * state.x + (scale_s * (place_s - place_t)) * u
