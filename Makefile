@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # cpu, cuda, or auto: a CUDA build where an NVIDIA driver answers, the small CPU build elsewhere.
 TORCH ?= auto
 
-.PHONY: run test setup check format test-slow test-gpu chaos bench constraints clean
+.PHONY: run test setup check format test-slow test-gpu chaos bench docs constraints clean
 
 run: setup
 	$(BIN)/solvus run study=quickstart cluster=ray
@@ -43,6 +43,11 @@ chaos: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.solvers --part overhead
+	$(BIN)/python -m benchmarks.solvers --part published
+
+docs: setup
+	$(BIN)/python scripts/methods.py
 
 constraints: setup
 	( echo "# What continuous integration runs with. Regenerate with: make constraints"; \

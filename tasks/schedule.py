@@ -197,7 +197,7 @@ class SolverSchedule:
             check_step(i, len(self.steps), step)
             if i and step.churn and self.steps[i - 1].corrector == "pseudo":
                 raise ValueError(
-                    f"step {i} raises the noise, so step {i - 1} cannot have a pseudo corrector: it would correct the "
+                    f"step {i} has churn, so step {i - 1} cannot have a pseudo corrector: it would correct the "
                     "fresh noise away. Use none or implicit there."
                 )
 

@@ -45,6 +45,25 @@ def fine_grid(process: Any, num_steps: int, start: float = 1.0) -> tuple[float, 
     return (start, *(process.time(float(lam)) for lam in lams[1:]), 0.0)
 
 
+def reference(bench: Any, rows: int, times: tuple[float, ...], solver: Any) -> Sampler:
+    """A sampler of reference trajectories that begin as the recipe's do.
+
+    Grids are calibrated before initial states, so one that needs a calibration has it made here (from the data alone);
+    one that is itself found along the grid begins at pure noise, and so does its reference.
+    """
+    from tasks import calibration
+    from tasks.registry import initials
+
+    initial = bench.parts.initial
+    if calibration.needs_calibration(initial) and not hasattr(initial, "calibrated"):
+        if "times" in initial.calibrated_on:
+            initial = initials.build("prior")
+        else:
+            arrays = calibration._read(initial.artifact, {})[1] if initial.artifact else initial.calibrate(bench)
+            initial = calibration._given(initial, arrays)
+    return bench.sampler(rows, times=times, solver=solver, initial=initial)
+
+
 def record(sampler: Sampler, noise: Any) -> Trajectories:
     """Run a sampler and keep every state and clean prediction."""
     state = sampler.start(noise)

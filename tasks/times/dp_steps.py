@@ -9,7 +9,7 @@ import numpy as np
 
 from tasks import registry
 from tasks.registry import times
-from tasks.trajectories import fine_grid, jump_costs, record, shortest_path
+from tasks.trajectories import fine_grid, jump_costs, record, reference, shortest_path
 
 
 @times.register("dp_steps")
@@ -55,7 +55,7 @@ class DPSteps:
         """The fine times (K + 1,) and the costs of every step between them (K + 1, K + 1)."""
         grid = fine_grid(bench.process, self.num_fine, bench.parts.initial.start(bench.process))
         euler = registry.solvers.build("euler")
-        found = record(bench.sampler(self.num_samples, times=grid, solver=euler), bench.noise(self.num_samples))
+        found = record(reference(bench, self.num_samples, grid, euler), bench.noise(self.num_samples))
         costs = jump_costs(bench.process, found, "l2")
         return {"times": np.array(grid), "costs": np.where(np.isfinite(costs), costs, -1.0)}
 

@@ -59,8 +59,8 @@ class Travel:
         """The nodes of the base grid in the order in which they are visited."""
         steps = self.inner.num_steps
         last = steps - 1 if self.last is None else min(self.last, steps - 1)
-        visited = list(range(self.first + 1))
-        here = self.first
+        here = min(self.first, steps)
+        visited = list(range(here + 1))
         while here < steps:
             there = min(here + self.length, last)
             if there <= here:
