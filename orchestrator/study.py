@@ -150,7 +150,7 @@ class Trial:
 
     @property
     def nfe(self) -> float:
-        """Network evaluations of one sample: the recipe's, or what rows really cost where the solver decides for itself."""
+        """Network evaluations of one sample: the recipe's, or what rows really cost where the solver decides."""
         if getattr(self.recipe.parts.solver, "adaptive", False) and self.cost.get("nfe"):
             return self.cost["nfe"] / self.num_samples
         return self.recipe.nfe

@@ -207,16 +207,16 @@ class Recipe:
             )
         if needed != "posterior_mean" and "flow_map" in given and self.guidance["name"] != "none":
             raise ValueError(
-                f"guidance {self.guidance['name']} cannot guide the exact flow map that solver {self.solver['name']} uses. "
-                "Use guidance=none, or a model that was distilled with guidance."
+                f"guidance {self.guidance['name']} cannot guide the exact flow map that solver {self.solver['name']} "
+                "uses. Use guidance=none, or a model that was distilled with guidance."
             )
         noisy = [f"solver {self.solver['name']}"] if p.solver.stochastic else []
         noisy += [f"times {self.times['name']}"] if getattr(p.times, "travels", False) else []
         noisy += [f"initial {self.initial['name']}"] if self.initial["name"] not in ("prior", "shared_noise") else []
         if not getattr(process, "stochastic_ok", True) and noisy:
             raise ValueError(
-                f"{type(process).__name__} is sampled by its ODE from its own prior alone, but {noisy[0]} draws Gaussian "
-                "noise. Choose a deterministic solver and initial=prior."
+                f"{type(process).__name__} is sampled by its ODE from its own prior alone, but {noisy[0]} draws "
+                "Gaussian noise. Choose a deterministic solver and initial=prior."
             )
         if getattr(p.times, "travels", False) and not getattr(p.solver, "restarts", True):
             raise ValueError(
@@ -237,8 +237,8 @@ class Recipe:
             raise ValueError(f"model {self.model['name']} needs a label for every row. Set labels=cycle.")
         if self.parts.guidance.needs_labels and getattr(self.parts.model, "needs_labels", False):
             raise ValueError(
-                f"model {self.model['name']} has no unconditional prediction, so guidance {self.guidance['name']} cannot "
-                "be used. Use guidance=none."
+                f"model {self.model['name']} has no unconditional prediction, so guidance {self.guidance['name']} "
+                "cannot be used. Use guidance=none."
             )
         if self.parts.guidance.needs_labels and not self.has_labels:
             raise ValueError(

@@ -105,6 +105,11 @@ def jump_costs(process: Any, found: Trajectories, cost: str) -> np.ndarray:
     return costs
 
 
+def later_only(costs: np.ndarray) -> np.ndarray:
+    """The costs with -1 where no step goes (j <= i), for a file; what else is not finite stays to be seen."""
+    return np.where(np.triu(np.ones(costs.shape, dtype=bool), 1), costs, -1.0)
+
+
 def shortest_path(costs: np.ndarray, num_steps: int, discount: float = 1.0) -> tuple[int, ...]:
     """Nodes 0 = i_0 < … < i_N = K of the path of exactly N steps that costs least.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tasks.mean_reverting import MeanReverting
-from tasks.models.gmm import PROCESSES
+from tasks.mixtures import PROCESSES
 from tasks.pfgm import PFGMpp
 from tasks.processes import GaussianProcess, Time, expand
 from tasks.registry import models, unknown

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tasks.data import digits
 from tasks.mean_reverting import SCHEDULES, MeanReverting
-from tasks.models.gmm import fit_digits
+from tasks.mixtures import fit_digits
 from tasks.processes import Time, expand
 from tasks.registry import models, unknown
 

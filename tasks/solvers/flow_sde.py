@@ -41,7 +41,8 @@ class FlowSDE:
     def __post_init__(self) -> None:
         if self.diffusion not in ("grpo", "constant"):
             raise unknown("diffusion", self.diffusion, ["grpo", "constant"], "Allowed")
-        if self.eta < 0 or (self.window is not None and (len(self.window) != 2 or self.window[0] > self.window[1])):
+        ends = (0, 0) if self.window is None else self.window
+        if self.eta < 0 or len(ends) != 2 or not 0 <= ends[0] <= ends[1]:
             raise ValueError(
                 f"flow_sde needs eta >= 0 and a window [first, last + 1], got {self.eta} and {self.window}."
             )

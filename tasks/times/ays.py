@@ -10,7 +10,7 @@ import torch
 
 from tasks.processes import lam_range
 from tasks.registry import times
-from tasks.trajectories import shortest_path
+from tasks.trajectories import later_only, shortest_path
 
 
 @times.register("ays")
@@ -77,7 +77,7 @@ class AlignYourSteps:
             heights = gaps / rhos[i:] ** 2
             pieces = 0.5 * (heights[1:] + heights[:-1]) * np.diff(lams[i:])
             costs[i, i + 1 :] = np.cumsum(pieces)
-        return {"times": np.array(nodes), "costs": np.where(np.isfinite(costs), costs, -1.0)}
+        return {"times": np.array(nodes), "costs": later_only(costs)}
 
     def __call__(self, process: Any, start: float = 1.0) -> tuple[float, ...]:
         """N+1 times, of which the last, the cleanest level, is replaced by 0; needs the calibration."""

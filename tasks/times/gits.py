@@ -9,7 +9,7 @@ import numpy as np
 
 from tasks import registry
 from tasks.registry import times, unknown
-from tasks.trajectories import fine_grid, jump_costs, record, reference, shortest_path
+from tasks.trajectories import fine_grid, jump_costs, later_only, record, reference, shortest_path
 
 
 @times.register("gits")
@@ -61,7 +61,7 @@ class GITS:
         teacher = registry.solvers.build({"name": "unified", "preset": "f_pndm"})
         found = record(reference(bench, self.num_samples, grid, teacher), bench.noise(self.num_samples))
         costs = jump_costs(bench.process, found, self.cost)
-        return {"times": np.array(grid), "costs": np.where(np.isfinite(costs), costs, -1.0)}
+        return {"times": np.array(grid), "costs": later_only(costs)}
 
     def __call__(self, process: Any, start: float = 1.0) -> tuple[float, ...]:
         """N+1 times; needs the calibration."""

@@ -10,7 +10,8 @@ import torch
 from tasks import registry
 from tasks.data import digits
 from tasks.mean_reverting import MeanReverting
-from tasks.models.gmm import GMM, fit_digits
+from tasks.mixtures import fit_digits
+from tasks.models.gmm import GMM
 from tasks.models.restore import Restore
 from tasks.noise import RowNoise
 from tasks.processes import transfer
