@@ -32,6 +32,11 @@ class Row:
         spec = self.recipe["solver"]
         if spec["name"] == "diffusers":
             return spec["scheduler"].removesuffix("Scheduler").removesuffix("Multistep").removesuffix("Discrete")
+        if spec["name"] == "unified":
+            name = spec["preset"] if spec.get("steps") is None else "own schedule"
+            changed = [str(spec[key]) for key in ("max_order", "corrector", "kappa") if spec.get(key) is not None]
+            changed += [hook["name"] for hook in spec.get("hooks") or []]
+            return f"{name} ({', '.join(changed)})" if changed else name
         extra = f" (eta={spec['eta']:g})" if spec.get("eta") else ""
         return {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "heun": "Heun", "euler": "Euler"}.get(
             spec["name"], spec["name"]

@@ -32,8 +32,9 @@ class DPMOT:
         level: noise level sigma / alpha to which the data are noised (M).
         num_targets: number of data N.
         num_draws: prior draws of one estimate of the cells' measures; eight such batches are walked through.
-        learning_rate, num_iterations, tolerance: Adam's; the rate falls geometrically, and it stops when the gradient's
-            norm over all draws is below the tolerance and no cell is empty.
+        learning_rate: Adam's, in standard deviations of the scores; it falls geometrically.
+        num_iterations: Adam's.
+        tolerance: it stops when the gradient's norm over all draws is below this and no cell is empty.
         neighbours: cells that are blended; 1 takes the cell's own datum, k averages the k highest planes, weighted by
             how near they come.
         max_angle: planes whose normals differ by more than this many degrees from the highest's are not blended, so
@@ -138,7 +139,7 @@ class DPMOT:
             heights = heights - heights.mean()
             mean, weight = mean + heights, weight + 1
             if k % _ROUND == 0 or k == self.num_iterations:
-                slopes = sum(gradient(mean / weight, draws) for draws in batches) / len(batches)
+                slopes = torch.stack([gradient(mean / weight, draws) for draws in batches]).mean(0)
                 if float(slopes.norm()) < norm:
                     best, norm = mean / weight, float(slopes.norm())
                 mean, weight = torch.zeros_like(heights), 0

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dashboards.report import build
+from dashboards.report.view import Row
 from orchestrator.results import Results
 
 Solvus = Callable[..., Any]
@@ -180,3 +181,13 @@ def test_image_studies_show_the_same_samples_of_every_trial(solvus: Solvus, tmp_
     pictures = [target for target in page.loads if target.startswith("data:image/png;base64,")]
     assert len(pictures) == 40
     assert pictures[:20] == pictures[20:]  # DDIM without noise is Euler
+
+
+def test_a_unified_solver_is_shown_by_its_preset_and_what_changed() -> None:
+    def label(**fields: Any) -> str:
+        solver = {"name": "unified", "preset": "unipc", "steps": None, "hooks": []} | fields
+        return Row({"recipe": json.dumps({"solver": solver})}).solver
+
+    assert label() == "unipc"
+    assert label(max_order=2, hooks=[{"name": "dual_fast"}]) == "unipc (2, dual_fast)"
+    assert label(steps=[{}]) == "own schedule"
