@@ -121,14 +121,16 @@ def recipe_of(model: Any, overrides: dict[str, Any], nfe: int) -> Recipe | None:
 class Kept:
     """Measured cells in a file of JSON lines."""
 
-    def __init__(self, path: str | None) -> None:
-        self._path, self._found = path, {}
+    def __init__(self, path: str | None, only: bool = False) -> None:
+        self._path, self._only, self._found = path, only, {}
         if path and Path(path).exists():
             lines = Path(path).read_text().splitlines()
             self._found = {row["key"]: row["value"] for row in map(json.loads, lines)}
 
     def get(self, key: str, make: Any) -> Any:
-        """The kept value of a key, or a new one."""
+        """The kept value of a key, or a new one; None where only kept ones are asked for."""
+        if key not in self._found and self._only:
+            return None
         if key not in self._found:
             self._found[key] = make()
             if self._path:
@@ -182,6 +184,9 @@ def quality(models: list[str], samples: int, nfes: tuple[int, ...], kept: Kept) 
                         return str(error)
 
                 found = kept.get(f"{recipe.key}/{samples}", measure)
+                if found is None:
+                    cells.append("not measured")
+                    continue
                 cells.append("diverged" if isinstance(found, str) else f"{found[0]:.2f} ± {1.96 * found[1]:.2f}")
             if any(cell != "–" for cell in cells):
                 yield model, name, cells
@@ -359,9 +364,10 @@ def main() -> None:
         ("--samples", {"type": int, "default": 1024, "help": "samples of a distance (default 1024)"}),
         ("--keep", {"help": "file that keeps measured cells"}),
         ("--nfe", {"help": "budgets, for example 4,8,20; all of the table when left out"}),
+        ("--only-kept", {"action": "store_true", "help": "print what the file has, measure nothing"}),
         ("--markdown", {"action": "store_true", "help": "print the tables as Markdown"}),
     )
-    kept = Kept(args.keep)
+    kept = Kept(args.keep, args.only_kept)
     nfes = (4, 8) if args.quick else NFES
     if args.nfe:
         nfes = tuple(int(n) for n in args.nfe.split(","))

@@ -118,9 +118,8 @@ def calibrate(shard: Shard) -> dict[str, Any]:
     cost = {"rows": 0, "nfe": 0, "reward_calls": 0, "generate_s": 0.0, "score_s": 0.0, "scored": 0}
     parts = recipe.parts
     for needed in recipe.calibrations:
-        if needed.key.startswith("file:"):
-            continue
-        arrays = store.get_arrays(ARTIFACTS, needed.key)
+        is_file = needed.key.startswith("file:")
+        arrays = calibration.from_file(recipe, needed) if is_file else store.get_arrays(ARTIFACTS, needed.key)
         if arrays is None:
             with _DEVICE:
                 arrays, spent = calibration.make(recipe, needed, parts)

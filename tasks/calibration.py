@@ -84,7 +84,8 @@ def of(recipe: Recipe) -> tuple[Calibration, ...]:
             "revision": recipe.parts.model.revision,
         }
         for part in plugin.calibrated_on:
-            meta[part] = getattr(recipe, part)
+            value = getattr(recipe, part)
+            meta[part] = plugin.calibration_part(part, value) if hasattr(plugin, "calibration_part") else value
         if plugin.artifact:
             meta = _read(plugin.artifact, meta)[0]
             found.append(Calibration(place, f"file:{_sha(plugin.artifact)}", meta))
@@ -126,6 +127,11 @@ def _read(path: str, expected: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     return meta, arrays
 
 
+def from_file(recipe: Recipe, calibration: Calibration) -> dict[str, np.ndarray]:
+    """The arrays of an artifact that the recipe names a file for."""
+    return _read(dict(places(recipe.parts))[calibration.place].artifact, calibration.meta)[1]
+
+
 def save(path: Path, meta: Mapping[str, Any], arrays: Arrays) -> None:
     """Write an artifact to a file that ``artifact=FILE`` takes."""
     from safetensors.numpy import save_file
@@ -157,8 +163,7 @@ def bound(recipe: Recipe, artifacts: Mapping[str, Arrays]) -> Any:
     for calibration in recipe.calibrations:
         arrays = artifacts.get(calibration.key)
         if arrays is None and calibration.key.startswith("file:"):
-            plugin = dict(places(recipe.parts))[calibration.place]
-            arrays = _read(plugin.artifact, calibration.meta)[1]
+            arrays = from_file(recipe, calibration)
         assert arrays is not None, f"artifact {calibration.key} of {calibration.place} was not made"
         parts = bind(parts, calibration.place, arrays_for(recipe, calibration, arrays))
     return parts
@@ -271,8 +276,7 @@ def make_all(recipe: Recipe) -> dict[str, dict[str, np.ndarray]]:
         if calibration.key in _MADE:
             arrays = _MADE[calibration.key]
         elif calibration.key.startswith("file:"):
-            plugin = dict(places(recipe.parts))[calibration.place]
-            arrays = _read(plugin.artifact, calibration.meta)[1]
+            arrays = from_file(recipe, calibration)
         else:
             arrays = make(recipe, calibration, parts)[0]
         found[calibration.key] = _MADE[calibration.key] = arrays

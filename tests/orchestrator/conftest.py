@@ -93,9 +93,9 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, 
     calls: list[tuple[str, int, int]] = []
     original = tasks_run.generate
 
-    def counted(recipe: Recipe, start: int, stop: int, *rest: Any) -> Any:
+    def counted(recipe: Recipe, start: int, stop: int, *rest: Any, **more: Any) -> Any:
         calls.append((recipe.key, start, stop))
-        return original(recipe, start, stop, *rest)
+        return original(recipe, start, stop, *rest, **more)
 
     monkeypatch.setattr(tasks_run, "generate", counted)
     yield calls

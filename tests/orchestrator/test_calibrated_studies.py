@@ -254,7 +254,6 @@ def test_an_artifact_file_is_used_and_nothing_is_calibrated(
     assert [trial.times for trial in from_file.trials] == [trial.times for trial in done.trials]
 
 
-@pytest.mark.xfail(reason="worker.calibrate does not bind the artifacts of files before it goes on", strict=True)
 def test_a_file_for_the_times_serves_the_calibrations_that_come_after(
     make_study: Callable, launch: Callable, gmm: Recipe, tmp_path: Path
 ) -> None:

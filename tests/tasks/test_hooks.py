@@ -417,7 +417,6 @@ def test_a_polynomial_belongs_to_one_kind_of_grid():
     assert predicting(**{"guidance.scale": 5.0}).calibrations[0].key == key
 
 
-@pytest.mark.xfail(reason="calibration.of does not ask a plug-in for calibration_part yet", strict=True)
 def test_a_polynomial_serves_every_number_of_steps():
     assert predicting(**{"times.num_steps": 7}).calibrations[0].key == predicting().calibrations[0].key
 

@@ -1444,7 +1444,7 @@ def test_settings_that_exclude_each_other_are_refused(fields, message):
 
 
 LATER = [
-    ({"preset": "ddim", "kappa": -1.0}, "kappa and churn must not be negative, got -1.0"),
+    ({"preset": "ddim", "kappa": -1.0}, "must not be negative, got -1.0"),
     ({"preset": "ddim", "max_order": 7}, "order of a step must be between 1 and 6, got 7"),
     ({"preset": "ddim", "max_order": 0}, "order of a step must be between 1 and 6, got 0"),
     ({"preset": "ddim", "first": "reuse"}, "the first step cannot reuse a prediction"),
