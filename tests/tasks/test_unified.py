@@ -1445,8 +1445,8 @@ def test_settings_that_exclude_each_other_are_refused(fields, message):
 
 LATER = [
     ({"preset": "ddim", "kappa": -1.0}, "must not be negative, got -1.0"),
-    ({"preset": "ddim", "max_order": 7}, "order of a step must be between 1 and 6, got 7"),
-    ({"preset": "ddim", "max_order": 0}, "order of a step must be between 1 and 6, got 0"),
+    ({"preset": "ddim", "max_order": 7}, "max_order must be between 1 and 6 here, got 7"),
+    ({"preset": "ddim", "max_order": 0}, "max_order must be between 1 and 6 here, got 0"),
     ({"preset": "ddim", "first": "reuse"}, "the first step cannot reuse a prediction"),
     ({"preset": "velocity_2m", "kappa": 1.0}, "kappa > 0 needs prediction x0 or eps"),
 ]
