@@ -95,6 +95,21 @@ def test_rows_and_values_are_those_of_this_process_bit_for_bit(
     assert remote.ledger.spent["rows"] == 80 and remote.ledger.spent["nfe"] == local.ledger.spent["nfe"]
 
 
+def test_calibrations_run_on_the_workers_once_and_give_the_rows_of_this_process(
+    make_study: Callable, launch: Callable, gmm: Recipe, tmp_path: Path, two: Any
+) -> None:
+    recipe = gmm.override({"times": {"name": "dp_steps", "num_fine": 10, "num_samples": 8}, "initial": "teleport"})
+    search = {"name": "grid", "space": {"times.num_steps": [2, 3]}}
+    here = launch(make_study(recipe=recipe, search=search, root=str(tmp_path / "here")))
+    study = make_study(recipe=recipe, search=search, root=str(tmp_path / "there"))
+    there = launch(study, two)
+    assert [trial.state for trial in there.trials] == ["complete"] * 2, there.trials[0].reason
+    assert [trial.values for trial in there.trials] == [trial.values for trial in here.trials]
+    assert [trial.cost["calibration_nfe"] for trial in there.trials] == [80.0, 80.0]
+    assert there.ledger.spent["nfe"] == here.ledger.spent["nfe"] == 80 + 32 * (2 + 3)
+    assert launch(study, two).ledger.spent["nfe"] == 0
+
+
 def test_results_come_back_each_to_its_own_future(two: Any) -> None:
     futures = [two.submit(lambda n: n * n, n) for n in range(20)]
     assert [future.result(30) for future in futures] == [n * n for n in range(20)]
