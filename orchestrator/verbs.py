@@ -56,9 +56,10 @@ def _study(args: Any) -> Any:
 def _foreseen(study: Any, store: Any) -> dict[str, Any]:
     """Check every trial that can be foreseen and add up what they will take."""
     from orchestrator.measure import scorers
-    from orchestrator.plan import shards
+    from orchestrator.plan import shards, uncalibrated
     from orchestrator.registries import searches
 
+    artifacts: set[str] = set()
     total = {"trials": 0, "shards": 0, "samples": 0, "samples_to_make": 0, "nfe": 0, "reward_calls": 0}
     seen: set[tuple[str, int, int]] = set()
     columns = scorers(study.metrics)
@@ -72,6 +73,7 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
             continue
         seen.add(span)
         strategy = trial.recipe.parts.strategy
+        artifacts.update(uncalibrated(trial.recipe, store))
         total["shards"] += len(work)
         for piece in work.pieces:
             if piece.rows:
@@ -79,7 +81,7 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
                 total["samples_to_make"] += count
                 total["nfe"] += count * trial.recipe.nfe
                 total["reward_calls"] += count * strategy.particles * strategy.uses_reward
-    return total
+    return total | {"calibrations": len(artifacts)}
 
 
 def run(args: Any) -> int:
@@ -184,6 +186,7 @@ def plan(args: Any) -> int:
         f"  samples         {total['samples']:,}, of which the store has "
         f"{total['samples'] - total['samples_to_make']:,}\n"
         f"  shards to run   {total['shards']:,}\n"
+        f"  calibrations    {total['calibrations']:,} to make first, whose cost is not foreseen\n"
         f"  evaluations     {total['nfe']:,} of the network, {total['reward_calls']:,} of rewards inside strategies\n"
         f"  device-seconds  about {data['device_s']:,} (timed here), {data['wall_s']:,} on {workers} worker(s)\n"
         f"  money           {data['money']:,}\n"

@@ -305,3 +305,11 @@ def test_a_missing_artifact_file_is_wrong_usage(solvus: Callable[..., SimpleName
     done = solvus(*ARGV, "times.artifact=nowhere.safetensors", f"root={tmp_path}")
     assert done.code == 2
     assert "artifact 'nowhere.safetensors' does not exist" in done.err
+
+
+def test_a_plan_says_how_many_calibrations_come_first(solvus: Callable[..., SimpleNamespace], tmp_path: Path) -> None:
+    argv = ["study=tiny", "search=grid", "search.space={nfe:[3,5]}", "times=dp_steps", "times.num_fine=12"]
+    argv += ["num_samples=32", "tracker=none", f"root={tmp_path}"]
+    assert solvus("plan", *argv, "--json").data["calibrations"] == 1
+    assert solvus("run", *argv, "--json").code == 0
+    assert solvus("plan", *argv, "--json").data["calibrations"] == 0
