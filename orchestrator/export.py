@@ -262,7 +262,7 @@ def candidates(p: Point) -> Iterator[Candidate]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield Candidate(getattr(diffusers, name)(**config), call)
-        except (ValueError, NotImplementedError, TypeError):  # a configuration that this class does not know
+        except (ValueError, NotImplementedError, TypeError):  # this class refuses it; the next candidate may not
             continue
     # An exact model knows the clean sample, so UnifiedScheduler takes that.
     yield _own(p, prediction if hasattr(p.parts.model, "checkpoint") else "sample")

@@ -129,6 +129,7 @@ class Dopri5:
             new_y, new_slope, error = _attempt(model, y, u, slope, tried * u)
             norm = _norm(error / (self.atol + self.rtol * torch.maximum(y.abs(), new_y.abs())))
             accepted = active & (norm <= 1)  # false where the norm is not a number
+            # A norm that is no number is a rejected attempt: taken as infinite, it shrinks the step instead of hiding.
             factor = (_SAFETY * torch.nan_to_num(norm, nan=torch.inf).pow(-1 / 5)).clamp(_SHRINK, _GROW)
             factor = torch.where(accepted & ~retried, factor, factor.clamp(max=1.0))
             # An attempt that was cut short at the end says little against the longer one that was meant.
