@@ -95,8 +95,10 @@ def highest_order(process: Any, step: Step, t: float, s: float) -> int:
         return 1
     if process.sigma(s) > 0:
         return 99
-    # Towards sigma = 0 the noise form in rho stays finite; its expansion in log-SNR and the data form do not.
-    return 99 if step.prediction == "eps" and step.variable in ("rho", "t", "index") and step.kappa == 0 else 1
+    # Towards sigma = 0 an expansion in log-SNR has no end. In the others the noise form stays finite, and the data form
+    # becomes the prediction extrapolated to the end; with fresh noise only the latter does.
+    finite = step.variable in ("rho", "t", "index")
+    return 99 if finite and (step.prediction == "x0" or step.kappa == 0) else 1
 
 
 def update(process: Any, step: Step, times: dict[int, float], s: float, correcting: bool = False) -> Update:
@@ -121,9 +123,15 @@ def update(process: Any, step: Step, times: dict[int, float], s: float, correcti
         full = tuple(sorted({o for group in groups for o in group})) + (END,)
         groups = [full] * len(full)
     order = len(groups) + 1
-    carry, zeroth, std, kernel = _form(process, step, t, s, h)
     origin = _place(process, step.variable, t, 0)
-    terms = [zeroth, *(_moment(process, step, t, s, d, origin, zeroth, kernel) for d in range(1, order))]
+    if step.prediction == "x0" and process.sigma(s) == 0 and step.variable != "index":
+        # The kernel c e^{-c (lam_s - lam)} has all its weight at the end.
+        carry, zeroth, std = 0.0, process.alpha(s), 0.0
+        reach = _place(process, step.variable, s, 0) - origin
+        terms = [zeroth * reach**d / math.factorial(d) for d in range(order)]
+    else:
+        carry, zeroth, std, kernel = _form(process, step, t, s, h)
+        terms = [zeroth, *(_moment(process, step, t, s, d, origin, zeroth, kernel) for d in range(1, order))]
     weights: dict[int, float] = {0: zeroth}
     span = _place(process, step.variable, s, step.start) - origin
     for d, group in enumerate(groups, 1):
@@ -155,6 +163,16 @@ def _relaxed(step: Step, h: float) -> float:
     if step.relax == "bh2":
         return 0.5 * h * step_zero(step, h)
     return 0.5 * h * h * (c if step.prediction == "x0" else 1.0)
+
+
+def relaxation(process: Any, step: Step, t: float, s: float) -> float:
+    """The factor by which ``relax`` changes the first derivative's term of a step from t to s; 1 where it changes none."""
+    if step.relax == "none" or step.order != 2 or highest_order(process, step, t, s) == 1:
+        return 1.0
+    h = process.lam(s) - process.lam(t)
+    zeroth = _form(process, step, t, s, h)[1]
+    exact = _moment(process, step, t, s, 1, process.lam(t), zeroth, _form(process, step, t, s, h)[3])
+    return _relaxed(step, h) * zeroth / step_zero(step, h) / exact
 
 
 def _first_order(process: Any, step: Step, t: float, s: float) -> Update:
