@@ -36,23 +36,33 @@ class Proposal:
         overrides: dotted paths to values, over the study's recipe; ``num_samples`` and ``first_index`` too.
         part: the part of the study that it belongs to.
         handle: whatever the search needs to recognise it in ``tell``.
+        race: the race that it runs in (``orchestrator/racing.py``); None gives it all its samples at once.
+        settled: whether an earlier launch decided it already; it is not grown again.
+        baseline: what people call it, if it is a known schedule that the search must beat.
     """
 
     overrides: Mapping[str, Any]
     part: str = ""
     handle: Any = None
+    race: Any = None
+    settled: bool = False
+    baseline: str = ""
 
 
 class Search(Protocol):
     """Proposes trials and learns from them.
 
     ``ask`` returns None when there is nothing to propose just now; the study is over when it does so with nothing in
-    flight. ``tell`` gets None for a failed trial. ``preview`` lists, without side effects, trials like those to come.
+    flight. ``tell`` gets None for a failed trial; of a raced one it gets the estimate on all samples, and on how many it
+    rests as ``study/num_samples``. ``preview`` lists, without side effects, trials like those to come. ``summary``, which a
+    search may leave out, says
+    what came of it, one mapping for each search inside.
     """
 
     def ask(self) -> Proposal | None: ...
     def tell(self, proposal: Proposal, values: Mapping[str, float] | None) -> None: ...
     def preview(self) -> Iterator[Proposal]: ...
+    def summary(self) -> list[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,8 @@ class SearchContext:
         root: where the study's files lie.
         storage: URL of Optuna's storage; None keeps ``optuna.db`` under the root.
         better: which way is up, per value name.
+        recipe: what overrides are laid over.
+        num_samples, first_index: the samples of a trial that overrides neither.
     """
 
     study: str
@@ -74,3 +86,6 @@ class SearchContext:
     root: str
     storage: str | None = None
     better: Mapping[str, str] = field(default_factory=dict)
+    recipe: Any = None
+    num_samples: int = 1
+    first_index: int = 0

@@ -51,7 +51,9 @@ class Progress:
     def planned(self, trial: Any, work: Any) -> None:
         """Its missing shards are known."""
         self.shards += len(work)
-        self.reused += trial.num_samples - work.samples if trial.attempts == 1 else 0
+        if trial.num_samples > trial.counted:  # the first time, or grown since
+            self.reused += max(trial.num_samples - trial.counted - work.samples, 0)
+            trial.counted = trial.num_samples
         self.tick()
 
     def made(self, trial: Any, shard: Any, cost: dict[str, Any]) -> None:

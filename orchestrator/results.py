@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ class Results:
                 "num_samples": trial.num_samples,
                 "nfe": trial.nfe,
                 "commit": trial.commit,
+                "baseline": trial.proposal.baseline,
+                "stopped": trial.stopped,
+                "estimate": trial.estimate,
+                "looks": json.dumps([asdict(look) for look in trial.looks]),
             }
             row |= {f"value/{name}": trial.values.get(name) for name in names}
             row |= {f"se/{name}": trial.errors.get(name) for name in names}
@@ -64,6 +69,17 @@ class Results:
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows) if rows else pa.table({"number": pa.array([], pa.int64())}), sink)
         self.files.write("trials.parquet", sink.getvalue())
+
+    def save_search(self, summary: Sequence[Mapping[str, Any]]) -> None:
+        """What every search inside says of itself."""
+        self.files.write("search.json", json.dumps(list(summary)).encode())
+
+    def search(self) -> list[dict[str, Any]]:
+        """The same again; empty where nothing was said."""
+        try:
+            return json.loads(self.files.read("search.json"))
+        except (FileNotFoundError, ValueError):
+            return []
 
     def save_state(self, state: str, summary: Mapping[str, Any]) -> None:
         """Where the study stands, for ``solvus status``."""

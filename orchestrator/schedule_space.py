@@ -29,8 +29,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tasks import registry
-from tasks.coefficients import highest_order, is_usable, relaxation
+from tasks.coefficients import Update, highest_order, is_usable, relaxation
+from tasks.integrator import Plan
 from tasks.recipe import Recipe
 from tasks.registry import unknown
 from tasks.schedule import CALLS, CORRECTORS, PREDICTIONS, RELAXATIONS, VARIABLES, SolverSchedule, Step
@@ -251,6 +254,8 @@ class ScheduleSpace:
             if head == "times":
                 raise KeyError(axis.name)
             i = int(place)
+            if i >= len(schedule.steps):
+                raise KeyError(axis.name)
             if head == "ratio":
                 return schedule.times[i] / schedule.times[i - 1]
             step = schedule.steps[i]
@@ -270,6 +275,19 @@ class ScheduleSpace:
         if len(schedule.steps) > self._longest or schedule.nfe not in self.nfes:
             raise KeyError("another number of evaluations")
         return read
+
+    def equal(self, data: Any, other: SolverSchedule) -> bool:
+        """Whether a schedule, as data, does the same as another one, up to rounding."""
+        one, two = (Plan(self.process, found) for found in (SolverSchedule.from_data(data), other))
+        if len(one.steps) != len(two.steps) or not np.allclose(one.times, two.times, rtol=1e-9, atol=0):
+            return False
+        if [(s.corrector, s.call, s.prediction) for s in one.steps] != [
+            (s.corrector, s.call, s.prediction) for s in two.steps
+        ]:
+            return False
+        return all(
+            _close(a, b) for a, b in zip([*one.updates, *one.corrections], [*two.updates, *two.corrections], strict=True)
+        )
 
     # --- for those who look at many points ---------------------------------------------------------------------------
 
@@ -313,3 +331,12 @@ class ScheduleSpace:
             lam = self.process.lam(t) if t > 0 else 8.0
             found += [t, max(min(lam, 8.0), -8.0) / 8.0 if math.isfinite(lam) else 1.0]
         return found
+
+
+def _close(a: Update | None, b: Update | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    pairs = [(a.carry, b.carry), (a.std, b.std)]
+    weights, others = dict(a.weights), dict(b.weights)
+    pairs += [(weights.get(o, 0.0), others.get(o, 0.0)) for o in {*weights, *others}]
+    return all(math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-9) for x, y in pairs)

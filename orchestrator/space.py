@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -160,17 +161,13 @@ class Space:
 
     def encode(self, overrides: Mapping[str, Any]) -> dict[str, Any] | None:
         """The parameters of the point nearest to some overrides; None where they leave an axis open."""
-        reader = self.schedule.reader(overrides["schedule"]) if self.schedule and "schedule" in overrides else None
         plain = {axis.name for axis in self.plain}
-
-        def suggest(axis: Axis) -> Any:
-            if axis.name in plain:
-                return axis.nearest(overrides[axis.name])
-            if reader is None:
-                raise KeyError(axis.name)
-            return axis.nearest(reader(axis))
-
         try:
+            reader = self.schedule.reader(overrides["schedule"]) if self.schedule else None
+
+            def suggest(axis: Axis) -> Any:
+                return axis.nearest(overrides[axis.name] if axis.name in plain else reader(axis))  # type: ignore[misc]
+
             return self.walk(suggest)[0]
         except KeyError:
             return None
@@ -181,6 +178,13 @@ class Space:
         if self.schedule is not None:
             found += self.schedule.features(params)
         return np.array(found)
+
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """Names of the axes that every point has (of many drawn, the same ones every time)."""
+        generator = np.random.default_rng(0)
+        drawn = [set(self.sample(generator)) for _ in range(100)]
+        return frozenset(set.intersection(*drawn))
 
     def middle(self) -> dict[str, Any]:
         """The parameters of the point in the middle."""

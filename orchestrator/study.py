@@ -78,7 +78,10 @@ class Study:
         """What the search may know."""
         _ = self.model_revision  # pinned from here on
         key = digest({"recipe": self.recipe.key, "metrics": self.metrics, "num_samples": self.num_samples})
-        return SearchContext(self.name, key, self.recipe.seed, self.root, self.storage, self.better)
+        return SearchContext(
+            self.name, key, self.recipe.seed, self.root, self.storage, self.better, self.recipe, self.num_samples,
+            self.first_index,
+        )  # fmt: skip
 
     def trial(self, number: int, proposal: Proposal) -> Trial:
         """The trial that a proposal means, checked.
@@ -133,8 +136,12 @@ class Trial:
     commit: str = ""
     quarantined: dict[int, str] = field(default_factory=dict)
     times: list[float] | None = None
+    looks: list[Any] = field(default_factory=list)
+    stopped: bool = False
+    estimate: float | None = None
     open_shards: int = 0
     attempts: int = 0
+    counted: int = 0
     announced: bool = False
     damaged: bool = False
 
@@ -154,6 +161,14 @@ class Trial:
         if getattr(self.recipe.parts.solver, "adaptive", False) and self.cost.get("nfe"):
             return self.cost["nfe"] / self.num_samples
         return self.recipe.nfe
+
+    @property
+    def told(self) -> dict[str, float]:
+        """What its search is told: values on all samples, estimated where a race stopped it, and what it rests on."""
+        told = self.values | {"study/num_samples": float(self.num_samples)}
+        if self.num_samples and self.cost.get("generate_s") is not None:
+            told["study/device_s"] = self.cost["generate_s"] / self.num_samples
+        return told if self.estimate is None else told | {self.proposal.race.objective: self.estimate}
 
     @property
     def identity(self) -> str:
@@ -198,10 +213,13 @@ def run(
     watch: Any,
     ledger: Ledger,
     trials: list[Trial],
-) -> None:
+) -> list[dict[str, Any]]:
     """Ask, plan, submit, measure, tell, until the search has nothing more and nothing is in flight.
 
     Trials are added to ``trials`` as they are proposed, so that an interrupted launch has its table too.
+
+    Returns:
+        the search's own account: one mapping for each search inside.
     """
     search: Search = searches.build(study.search).start(study.context())
     loop = _Loop(study, search, store, tracker, watch, ledger, trials)
@@ -216,7 +234,7 @@ def run(
             trial, shard = loop.backlog.take()
             flying[executor.submit(calibrate if shard.calibrates else perform, shard)] = (trial, shard)
         if not flying and not loop.backlog:
-            return
+            return search.summary() if hasattr(search, "summary") else []
         for future in wait(flying, timeout=1.0, return_when=FIRST_COMPLETED).done:
             loop.settle(*flying.pop(future), future)
         watch.tick()
@@ -364,11 +382,14 @@ class _Loop:
         if trial.damaged and trial.attempts < MAX_ATTEMPTS:
             trial.damaged = False
             return self.plan(trial)
+        more = None
         if not trial.reason:
             try:
                 trial.values, trial.errors = measure(
                     trial.recipe, self.study.metrics, trial.first_index, trial.stop, self.store
                 )
+                if trial.proposal.race is not None:
+                    more = trial.proposal.race.look(trial, self.study.metrics, self.store)
             except CorruptShard as error:
                 log.warning("%s", error)
                 if trial.attempts < MAX_ATTEMPTS:
@@ -377,6 +398,9 @@ class _Loop:
             except (ValueError, KeyError) as error:
                 trial.reason = f"measuring failed: {error}"
                 log.error("%s: %s", trial.title, trial.reason)
+        if more is not None:
+            trial.num_samples, trial.attempts = more, 0
+            return self.plan(trial)
         aside = self.store.quarantined(trial.recipe.key)
         trial.quarantined = {i: why for i, why in aside.items() if trial.first_index <= i < trial.stop}
         trial.state = "failed" if trial.reason else "degraded" if trial.quarantined else "complete"
@@ -386,6 +410,6 @@ class _Loop:
             kept = [self.store.get_json(ARTIFACTS, c.key) or {} for c in trial.recipe.calibrations]
             trial.cost["calibration_nfe"] = float(sum(meta.get("cost", {}).get("nfe", 0) for meta in kept))
             trial.times = self._times(trial)
-        self.search.tell(trial.proposal, None if trial.state == "failed" else trial.values)
+        self.search.tell(trial.proposal, None if trial.state == "failed" else trial.told)
         self.tracker.log(trial)
         self.watch.ended(trial)

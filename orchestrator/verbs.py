@@ -117,7 +117,7 @@ def run(args: Any) -> int:
     trials: list[Any] = []
     finished = False
     try:
-        run_study(study, executor, store, tracker, watch, ledger, trials)
+        searched = run_study(study, executor, store, tracker, watch, ledger, trials)
         finished = True
     finally:
         watch.close()
@@ -125,6 +125,7 @@ def run(args: Any) -> int:
         results.save_trials(trials)
         if not finished:
             results.save_state("interrupted", {"trials": watch.finished})
+    results.save_search(searched)
     failed = [trial for trial in trials if trial.state == "failed"]
     degraded = [trial for trial in trials if trial.state == "degraded"]
     summary = {

@@ -8,7 +8,8 @@ from typing import Any
 
 from orchestrator.ports import Proposal, SearchContext
 from orchestrator.registries import searches
-from orchestrator.searches.single import Listed, check_space
+from orchestrator.searches.single import Listed
+from orchestrator.space import check_space
 
 
 @searches.register("grid")

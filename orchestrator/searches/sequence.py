@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.ports import Proposal, Search, SearchContext
@@ -44,7 +44,7 @@ class _Running:
             found = self._parts[self._current].ask()
             if found is not None:
                 self._flying += 1
-                return Proposal(found.overrides, found.part, (self._current, found))
+                return replace(found, handle=(self._current, found))
             if self._flying:
                 return None
             self._current += 1
@@ -55,6 +55,10 @@ class _Running:
         part, inner = proposal.handle
         self._flying -= 1
         self._parts[part].tell(inner, values)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """All parts'."""
+        return [entry for part in self._parts for entry in part.summary()]
 
     def preview(self) -> Iterator[Proposal]:
         """All parts'."""

@@ -41,12 +41,10 @@ class Listed:
     def tell(self, proposal: Proposal, values: Mapping[str, float] | None) -> None:
         """Nothing is learnt."""
 
+    def summary(self) -> list[dict[str, Any]]:
+        """Nothing to say."""
+        return []
+
     def preview(self) -> Iterator[Proposal]:
         """The list."""
         return iter(self._proposals)
-
-
-def check_space(space: Mapping[str, Any], name: str) -> None:
-    """A search space must name something."""
-    if not space:
-        raise ValueError(f"search {name} has an empty space. Set search.space, for example {{solver: [ddim, heun]}}.")

@@ -81,7 +81,7 @@ def test_baselines_come_first_and_shared_overrides_always(tmp_path: Path) -> Non
     baselines = [{"a": 0.0, "b": 5, "c": 0.1}, {"a": 1.0, "b": 6, "c": 0.2}]
     points = drive(start(tmp_path, spec(num_trials=4, baselines=baselines, set={"solver": "heun"})))
     assert points[:2] == [{"solver": "heun"} | point for point in baselines]
-    assert len(points) == 4 and all(point["solver"] == "heun" for point in points)
+    assert len(points) == 2 + 4 and all(point["solver"] == "heun" for point in points)
 
 
 def test_choices_may_be_whole_specs(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_seeds_give_other_points_and_the_same_seed_the_same(tmp_path: Path) -> N
 def test_preview_foresees_the_budget_and_the_baselines_without_touching_the_storage(tmp_path: Path) -> None:
     baseline = {"a": 0.0, "b": 5, "c": 0.1}
     previewed = list(start(tmp_path, spec(num_trials=3, baselines=[baseline], set={"seed": 1}, part="p")).preview())
-    assert [(p.overrides.keys(), p.part) for p in previewed] == [({"seed", *SPACE}, "p")] * 3
+    assert [(p.overrides.keys(), p.part) for p in previewed] == [({"seed", *SPACE}, "p")] * (1 + 3)
     assert previewed[0].overrides == {"seed": 1} | baseline
     assert list(tmp_path.iterdir()) == []
 
@@ -150,8 +150,8 @@ def test_a_search_killed_in_mid_study_continues_as_if_undisturbed(
     assert drive(resumed) == undisturbed[0]
     found = table(stored(resumed))
     assert found == table(undisturbed[1])
-    assert [state for _, state, _, _ in found] == ["COMPLETE"] * 8
-    assert len({tuple(params.items()) for _, _, params, _ in found}) == 8  # no random stream was replayed
+    assert [state for _, state, _, _ in found] == ["COMPLETE"] * (1 + 8)
+    assert len({tuple(params.items()) for _, _, params, _ in found}) == 1 + 8  # no random stream was replayed
 
 
 def test_a_finished_search_proposes_its_trials_again_and_adds_none(tmp_path: Path, stored: Callable) -> None:
@@ -233,7 +233,7 @@ BAD: dict[str, dict[str, Any]] = {
     "log with a step": {"space": {"a": {"low": 1, "high": 9, "log": True, "step": 2}}},
     "step of nothing": {"space": {"a": {"low": 0.0, "high": 1.0, "step": 0.0}}},
     "no trials": {"num_trials": 0},
-    "baseline off the space": {"baselines": [{"a": 1.0}]},
+    "baseline that is no mapping": {"baselines": "best"},
 }
 
 
@@ -260,7 +260,7 @@ def test_a_trial_that_another_launch_has_only_just_asked_for_is_left_to_it(
     assert second.ask() is not None
     assert [t.state.name for t in study.trials][:2] == ["RUNNING", "RUNNING"]
     first.tell(proposal, {LOSS: 1.0})
-    monkeypatch.setattr("orchestrator.adapters.optuna_search.Leases.GRACE_S", -1.0)
+    monkeypatch.setattr("orchestrator.adapters.optuna_search.leases.Leases.GRACE_S", -1.0)
     third = start(tmp_path, DESCRIBED)
     third.tell(third.ask(), {LOSS: 1.0})  # the finished one, replayed
     third.ask()

@@ -134,7 +134,7 @@ def test_garbage_goes_and_what_counts_stays(
 
 
 def test_a_locked_search_storage_is_waited_for(tmp_path: Path) -> None:
-    from orchestrator.adapters.optuna_search import _patiently
+    from orchestrator.adapters.optuna_search.storage import patiently as _patiently
 
     class OperationalError(Exception):
         """As SQLAlchemy names it."""

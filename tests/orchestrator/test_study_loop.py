@@ -95,7 +95,9 @@ def test_every_proposal_becomes_a_trial_in_order_and_is_told_its_values(
     assert [trial.number for trial in done.trials] == [0, 1, 2, 3]
     assert [trial.recipe.nfe for trial in done.trials] == [2, 3, 4, 3]
     assert {trial.state for trial in done.trials} == {"complete"}
-    assert sorted(search.told, key=lambda t: t[0]) == [(i, t.values) for i, t in enumerate(done.trials)]
+    told = sorted(search.told, key=lambda t: t[0])
+    assert told == [(i, t.told) for i, t in enumerate(done.trials)]
+    assert all(t.values.items() <= t.told.items() and t.told["study/num_samples"] == 32 for t in done.trials)
     assert done.tracker.trials == done.trials
     assert done.trials[1].values == done.trials[3].values
     assert done.ledger.spent["rows"] == 3 * 32  # the repeated point cost nothing

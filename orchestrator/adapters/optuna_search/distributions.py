@@ -1,0 +1,47 @@
+"""Axes as Optuna's distributions, and what samplers with a fixed search space are shown."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from orchestrator.space import Axis, Space, label
+
+
+def distribution(axis: Axis) -> Any:
+    """The distribution that a trial's suggestion for this axis has."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a high that is no multiple of the step
+        if axis.choices is not None:
+            return CategoricalDistribution([label(choice) for choice in axis.choices])
+        if axis.is_whole:
+            return IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1))
+        return FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)
+
+
+def shared(space: Space, numbers_only: bool = False) -> dict[str, Any]:
+    """Distributions of the axes that every point has, those with a single value left out."""
+    present = space.shared
+    found = {axis.name: distribution(axis) for axis in space.axes if axis.name in present}
+    if numbers_only:
+        found = {name: d for name, d in found.items() if not hasattr(d, "choices")}
+    return {name: d for name, d in found.items() if not d.single()}
+
+
+def with_space(sampler: Any, fixed: dict[str, Any]) -> Any:
+    """The sampler over a fixed space: Optuna would take the intersection of all trials, and baselines that are no points
+    of the space have no parameters at all."""
+    sampler.infer_relative_search_space = lambda study, trial: fixed
+    return sampler
+
+
+def covering(study: Any, fixed: dict[str, Any]) -> Any:
+    """A copy of the study in memory with the trials that have all of some parameters."""
+    import optuna
+
+    copy = optuna.create_study(directions=study.directions)
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.RUNNING))
+    copy.add_trials([t for t in done if set(fixed) <= set(t.params)])
+    return copy
