@@ -21,6 +21,7 @@ from tasks.registry import unknown
 from tasks.schedule import SolverSchedule
 
 GROUPS = ("model", "solver", "times", "initial", "guidance", "strategy", "reward", "search", "executor", "tracker")
+FILES = ("study", "cluster", "space")  # groups whose members are YAML files
 VALUES = (
     "name", "question", "nfe", "schedule", "metrics", "labels", "num_samples", "first_index", "batch_size",
     "shard_size", "seed", "dtype", "device", "root", "storage", "price_per_device_hour",
@@ -54,8 +55,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> dict[s
     for folder in dirs:
         if not Path(folder).is_dir():
             raise ValueError(f"--config-dir {folder!r} is not a folder. Give one with study/NAME.yaml files.")
-    found = studies(dirs)
-    chosen = _check_names(overrides, found, dirs)
+    chosen = _check_names(overrides, dirs)
     extra = [f"hydra.searchpath=[{','.join('file://' + d for d in dirs)}]"] if dirs else []
     GlobalHydra.instance().clear()
     try:
@@ -105,8 +105,8 @@ def _quote_url(override: str) -> str:
 def _open(override: str) -> list[str]:
     """Let fields that are mappings, such as a search space, be replaced whole and take new keys."""
     path, _, value = override.partition("=")
-    if path in (*GROUPS, "study", "cluster") and value.strip() in ("null", ""):
-        if path in ("reward", "study", "cluster"):
+    if path in (*GROUPS, *FILES) and value.strip() in ("null", ""):
+        if path in ("reward", *FILES):
             return [f"~{path}"]
         raise ValueError(f"{path} cannot be {value.strip() or 'empty'}. Choose a plug-in: solvus list {path}")
     group, _, rest = path.partition(".")
@@ -175,7 +175,7 @@ def files_of(group: str, dirs: Sequence[str] = ()) -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted((folder / group).glob("*.yaml"))}
 
 
-def _check_names(overrides: Sequence[str], found: dict[str, Path], dirs: Sequence[str]) -> dict[str, str]:
+def _check_names(overrides: Sequence[str], dirs: Sequence[str]) -> dict[str, str]:
     """Refuse unknown groups, plug-ins and studies with the nearest name; return which plug-in was chosen where."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -191,12 +191,10 @@ def _check_names(overrides: Sequence[str], found: dict[str, Path], dirs: Sequenc
         head = path.split(".")[0].split("/")[0].split("@")[0]
         if head == "hydra":
             continue
-        if head not in (*GROUPS, *VALUES, "study", "cluster"):
-            raise unknown("key", path, [*GROUPS, *VALUES, "study", "cluster"], "Allowed")
-        if path == "study" and value is not None and str(value) not in found:
-            raise unknown("study", value, sorted(found), "Known")
-        if path == "cluster" and value is not None and str(value) not in files_of("cluster", dirs):
-            raise unknown("cluster", value, sorted(files_of("cluster", dirs)), "Known")
+        if head not in (*GROUPS, *VALUES, *FILES):
+            raise unknown("key", path, [*GROUPS, *VALUES, *FILES], "Allowed")
+        if path in FILES and value is not None and str(value) not in files_of(path, dirs):
+            raise unknown(path, value, sorted(files_of(path, dirs)), "Known")
         if path in GROUPS and value is not None:
             EVERY[path].get(str(value))
             chosen[path] = str(value)

@@ -53,10 +53,9 @@ class Search(Protocol):
     """Proposes trials and learns from them.
 
     ``ask`` returns None when there is nothing to propose just now; the study is over when it does so with nothing in
-    flight. ``tell`` gets None for a failed trial; of a raced one it gets the estimate on all samples, and on how many it
-    rests as ``study/num_samples``. ``preview`` lists, without side effects, trials like those to come. ``summary``, which a
-    search may leave out, says
-    what came of it, one mapping for each search inside.
+    flight. ``tell`` gets None for a failed trial; of a raced one it gets the estimate on all samples, and as
+    ``study/num_samples`` on how many it rests. ``preview`` lists, without side effects, trials like those to come.
+    ``summary``, which a search may leave out, says what came of it, one mapping for each search inside.
     """
 
     def ask(self) -> Proposal | None: ...

@@ -1,18 +1,18 @@
 """Racing: a trial starts on few samples and grows only while it may still win.
 
-All trials share sample indices, so a trial with n samples is compared with the best finished trial (the incumbent) on the
-same n indices: the paired difference D of the two values, with its standard error from the rows' influences. At each
-look but the last the trial is stopped if
+All trials share sample indices, so a trial with n samples is compared with the best finished trial (the incumbent) on
+the same n indices: the paired difference D of the two values, with its standard error from the rows' influences. At
+each look but the last the trial is stopped if
 
     D > 0  and  D - z se > -margin |incumbent|,      z = Phi^{-1}(1 - error / (J - 1)),
 
-with D > 0 meaning worse, J the number of looks. So a trial whose true value beats the incumbent of each look by the margin
-or more is stopped with probability at most ``error``, over all its looks together (Bonferroni over looks; as far as the
-normal approximation holds). A stopped trial tells its search the incumbent's value plus D: values at different sample
-counts have different biases, differences on equal samples hardly have.
+with D > 0 meaning worse, J the number of looks. So a trial whose true value beats the incumbent of each look by the
+margin or more is stopped with probability at most ``error``, over all its looks together (Bonferroni over looks; as far
+as the normal approximation holds). A stopped trial tells its search the incumbent's value plus D: values at different
+sample counts have different biases, differences on equal samples hardly have.
 
-Reference: Birattari et al. 2002, "A Racing Algorithm for Configuring Metaheuristics"; Jennison and Turnbull 1999, "Group
-Sequential Methods" (repeated looks).
+Reference: Birattari et al. 2002, "A Racing Algorithm for Configuring Metaheuristics"; Jennison and Turnbull 1999,
+"Group Sequential Methods" (repeated looks).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     schedule:
       nfe: 5                          # or a list, to search it jointly
-      times: free                     # every node; or a curve: {name: curve, bend: {low: …, high: …}}; or a fixed grid's spec
+      times: free                     # every node; or a grid whose fields are searched: {name: curve, …}
       order: [1, 2, 3]                # a list is searched at every step, a single value is fixed
       prediction: [x0, eps]
       variable: [lam, t]
@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks import registry
-from tasks.coefficients import Update, highest_order, is_usable, relaxation
+from tasks.adapt import possible
+from tasks.coefficients import Update, relaxation
 from tasks.integrator import Plan
 from tasks.recipe import Recipe
 from tasks.registry import unknown
@@ -108,7 +109,9 @@ class ScheduleSpace:
             elif values:
                 self._fixed[key] = values[0]
             else:
-                raise ValueError(f"search.space.schedule.{key} is empty. Give one of {', '.join(map(str, WORDS[key]))}.")
+                raise ValueError(
+                    f"search.space.schedule.{key} is empty. Give one of {', '.join(map(str, WORDS[key]))}."
+                )
         elif isinstance(value, Mapping):
             axis = self._parse(f"schedule.{key}", value)
             if axis.choices is not None or axis.low < 0 and key == "kappa":
@@ -205,41 +208,34 @@ class ScheduleSpace:
 
     def runnable(self, times: tuple[float, ...], made: list[dict[str, Any]]) -> SolverSchedule:
         """The schedule that makes these decisions as far as they are possible."""
-        steps: list[Step] = []
-        for i, chosen in enumerate(made):
-            steps.append(self._step(i, chosen, times, steps))
-        return SolverSchedule(times, tuple(steps))
+        return possible(self.process, times, [self._wanted(i, chosen) for i, chosen in enumerate(made)])
 
-    def _step(self, i: int, chosen: dict[str, Any], times: tuple[float, ...], before: list[Step]) -> Step:
-        t, end = times[i], times[i + 1]
-        prediction, variable = chosen["prediction"], chosen["variable"]
+    def _wanted(self, i: int, chosen: dict[str, Any]) -> Step:
+        """One step as it was decided, whether or not it can be taken where it stands."""
+        order, prediction, variable = min(chosen["order"], i + 1), chosen["prediction"], chosen["variable"]
         if prediction == "v":
             variable = variable if variable in ("u", "t", "index") else "u"
         elif variable == "u":
             variable = "t"
         kappa = chosen["kappa"] if prediction != "v" else 0.0
-        plain = Step(1, prediction, variable, kappa=kappa, corrector=chosen["corrector"], call=chosen["call"])
-        if chosen.get("skip"):
-            plain = replace(plain, skip=tuple(b for b in range(self.skip) if chosen["skip"] >> b & 1))
-        order = min(chosen["order"], i + 1)
-        if order > 1 and highest_order(self.process, replace(plain, order=order), t, end) == 1:
-            # An expansion in log-SNR has no end at the data; the same in time has.
-            plain = replace(plain, variable="t", kappa=0.0)
-            if highest_order(self.process, replace(plain, order=order), t, end) == 1:
-                order = 1
-        usable = 0
-        while usable < i and is_usable(self.process, plain.variable, times[i - 1 - usable]):
-            usable += 1
-        order = min(order, usable + 1)
-        if order == 1:
-            return plain
-        points = None
-        if chosen["points"] == "near" and order > 2:
-            points = tuple(tuple(-j for j in range(1, d + 1)) for d in range(1, order))
         scale = (chosen["scale"], chosen["scale2"])[: order - 1]
-        relax = chosen["relax"] if plain.variable == "lam" and order == 2 else "none"
-        trimmed = () if all(s == 1.0 for s in scale) else scale
-        return replace(plain, order=order, points=points, scale=trimmed, relax=relax)
+        points = (
+            tuple(tuple(-j for j in range(1, d + 1)) for d in range(1, order)) if chosen["points"] == "near" else None
+        )
+        step = Step(
+            order,
+            prediction,
+            variable,
+            points=points if order > 2 else None,
+            scale=() if all(s == 1.0 for s in scale) else scale,
+            relax=chosen["relax"] if variable == "lam" else "none",
+            corrector=chosen["corrector"] if kappa == 0 else "none",
+            kappa=kappa,
+            call=chosen["call"],
+        )
+        if chosen.get("skip"):
+            step = replace(step, skip=tuple(b for b in range(self.skip) if chosen["skip"] >> b & 1))
+        return step
 
     # --- back from a schedule ----------------------------------------------------------------------------------------
 
@@ -286,7 +282,8 @@ class ScheduleSpace:
         ]:
             return False
         return all(
-            _close(a, b) for a, b in zip([*one.updates, *one.corrections], [*two.updates, *two.corrections], strict=True)
+            _close(a, b)
+            for a, b in zip([*one.updates, *one.corrections], [*two.updates, *two.corrections], strict=True)
         )
 
     # --- for those who look at many points ---------------------------------------------------------------------------

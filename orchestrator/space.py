@@ -1,7 +1,7 @@
 """Search spaces: what a search may choose, as YAML that a user can read and edit.
 
-A space maps dotted paths to what each may be: a list of choices, or ``{low, high}`` (with ``log: true`` or ``step``). An
-axis with ``when: {path: values}`` exists only where the axis named there took one of those values. The special key
+A space maps dotted paths to what each may be: a list of choices, or ``{low, high}`` (with ``log: true`` or ``step``).
+An axis with ``when: {path: values}`` exists only where the axis named there took one of those values. The special key
 ``schedule`` opens a whole solver schedule, step by step (``orchestrator/schedule_space.py``).
 
 A point is found by *walking*: the space asks for one axis after another and skips those that do not apply, so the same

@@ -166,7 +166,7 @@ def _relaxed(step: Step, h: float) -> float:
 
 
 def relaxation(process: Any, step: Step, t: float, s: float) -> float:
-    """The factor by which ``relax`` changes the first derivative's term of a step from t to s; 1 where it changes none."""
+    """The factor by which ``relax`` changes the first derivative's term of a step from t to s; 1 where it is none."""
     if step.relax == "none" or step.order != 2 or highest_order(process, step, t, s) == 1:
         return 1.0
     h = process.lam(s) - process.lam(t)

@@ -65,7 +65,9 @@ class Confirm:
         for objective in self.targets():
             if objective not in context.better:
                 raise unknown("objective", objective, sorted(context.better), "This study's metrics produce")
-        inner = searches.build(self.inner)
+        inner = searches.build(
+            self.inner | ({"held_out": 0} if "held_out" in searches.defaults(self.inner["name"]) else {})
+        )
         part = self.part or f"{getattr(inner, 'part', '')}/held_out".lstrip("/")
         return _Running(self, inner.start(context), context, part)
 

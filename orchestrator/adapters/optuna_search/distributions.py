@@ -31,8 +31,10 @@ def shared(space: Space, numbers_only: bool = False) -> dict[str, Any]:
 
 
 def with_space(sampler: Any, fixed: dict[str, Any]) -> Any:
-    """The sampler over a fixed space: Optuna would take the intersection of all trials, and baselines that are no points
-    of the space have no parameters at all."""
+    """The sampler over a fixed space.
+
+    Optuna would take the intersection of all trials, and baselines that are no points of the space have no parameters.
+    """
     sampler.infer_relative_search_space = lambda study, trial: fixed
     return sampler
 

@@ -31,7 +31,7 @@ class GP(OptunaSpec):
         import optuna
 
         fixed = shared(space)
-        made = optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.num_startup_trials)
+        made: Any = optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.num_startup_trials)
         sample = made.sample_relative
         made.sample_relative = lambda study, trial, _: sample(covering(study, fixed), trial, fixed)
         return with_space(made, fixed)

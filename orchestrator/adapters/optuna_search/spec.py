@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.adapters.optuna_search.study import OptunaSearch
 from orchestrator.ports import SearchContext
 from orchestrator.racing import Racing
+from orchestrator.registries import searches
 from orchestrator.space import Space, check_space
 from tasks.registry import unknown
 
@@ -31,6 +32,8 @@ class OptunaSpec:
         racing: ``{start, factor, error, margin}``: trials start on few samples and grow only while they may still win;
             empty gives every trial all its samples.
         refine: further trials that refine the best one, coordinate by coordinate.
+        held_out: samples on which the winner (or front) and the best baseline are measured again, at indices that the
+            search never sees; 0 leaves that out.
         parallel: trials in flight at a time; with 1 the table of trials is reproducible on any executor.
         part: name of this part of the study.
     """
@@ -44,12 +47,13 @@ class OptunaSpec:
     constraints: dict[str, Any] = field(default_factory=dict)
     racing: dict[str, Any] = field(default_factory=dict)
     refine: int = 0
+    held_out: int = 2048
     parallel: int = 1
     part: str = ""
 
     def __post_init__(self) -> None:
         check_space(self.space, self.name)  # type: ignore[attr-defined]
-        for name, least in (("num_trials", 1), ("parallel", 1), ("refine", 0)):
+        for name, least in (("num_trials", 1), ("parallel", 1), ("refine", 0), ("held_out", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"search.{name} must be at least {least}, got {getattr(self, name)}.")
         if "schedule" not in self.space:
@@ -64,7 +68,9 @@ class OptunaSpec:
         if self.several and len(self.objectives) < 2:
             raise ValueError(f"search.objectives must name two values or more, got {list(self.objectives)}.")
         if self.several and (self.racing or self.refine):
-            raise ValueError("a race and a refinement need one objective: set objective, or leave racing and refine out.")
+            raise ValueError(
+                "a race and a refinement need one objective: set objective, or leave racing and refine out."
+            )
         Racing.from_data(self.racing)
 
     @property
@@ -86,6 +92,11 @@ class OptunaSpec:
         """
         raise NotImplementedError
 
-    def start(self, context: SearchContext) -> OptunaSearch:
-        """Open or continue the Optuna study."""
-        return OptunaSearch(self, context)
+    def start(self, context: SearchContext) -> Any:
+        """Open or continue the Optuna study; its winners are measured again when it is over."""
+        if not self.held_out:
+            return OptunaSearch(self, context)
+        from orchestrator.searches.confirm import Confirm
+
+        inner = searches.describe(self)
+        return Confirm(inner, self.objective, self.objectives, num_samples=self.held_out).start(context)

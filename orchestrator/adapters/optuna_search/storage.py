@@ -25,8 +25,9 @@ def open_storage(url: str) -> Any:
         path = url.removeprefix("journal://")
         if not path or path == url:
             raise ValueError(f"storage {url!r} names no file. Write journal:///absolute/path.log.")
-        backend = optuna.storages.journal.JournalFileBackend(path)
-        return optuna.storages.JournalStorage(backend)
+        from optuna.storages.journal import JournalFileBackend
+
+        return optuna.storages.JournalStorage(JournalFileBackend(path))
     if not url.startswith("sqlite:"):
         return optuna.storages.get_storage(url)
     from sqlalchemy import event

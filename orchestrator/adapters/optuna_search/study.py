@@ -69,7 +69,9 @@ class OptunaSearch:
         self._space = Space(spec.space, self._base(context))
         full = int(spec.set.get("num_samples", context.num_samples))
         settings, better = Racing.from_data(spec.racing), context.better
-        self._race = None if settings is None else Race(settings, spec.objective, better[spec.objective] == "lower", full)
+        self._race = (
+            None if settings is None else Race(settings, spec.objective, better[spec.objective] == "lower", full)
+        )
         self._study: Any = None
         self._replay: list[Any] = []
         self._leases: Leases | None = None
@@ -102,8 +104,10 @@ class OptunaSearch:
     def _baseline(self, recipe: Any, name: str, overrides: dict[str, Any]) -> Baseline:
         if self._space.schedule is None:
             point = self._space.encode(overrides)
-            exact = point is not None and set(overrides) <= set(point) and all(
-                same(point[path], value) for path, value in overrides.items()
+            exact = (
+                point is not None
+                and set(overrides) <= set(point)
+                and all(same(point[path], value) for path, value in overrides.items())
             )
             return Baseline(name, overrides, point, exact)
         made = recipe.override(overrides)
@@ -127,7 +131,7 @@ class OptunaSearch:
         racing = ("IntegrityError", "ProgrammingError")
         storage = patiently(lambda: open_storage(url), also=racing)
         better = self._context.better
-        directions = ["minimize" if better[name] == "lower" else "maximize" for name in self._spec.targets()]
+        directions: Any = ["minimize" if better[name] == "lower" else "maximize" for name in self._spec.targets()]
         self._study = patiently(
             lambda: optuna.create_study(
                 study_name=self.name, storage=storage, directions=directions, load_if_exists=True
@@ -244,9 +248,7 @@ class OptunaSearch:
             if axis.is_whole:
                 step = int(axis.step or 1)
                 return patiently(lambda: trial.suggest_int(axis.name, axis.low, axis.high, log=axis.log, step=step))
-            return patiently(
-                lambda: trial.suggest_float(axis.name, axis.low, axis.high, log=axis.log, step=axis.step)
-            )
+            return patiently(lambda: trial.suggest_float(axis.name, axis.low, axis.high, log=axis.log, step=axis.step))
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # choices that are no plain values, a high that is no multiple of the step

@@ -1,0 +1,104 @@
+"""Schedules made to fit: what cannot run becomes the nearest that can; onto another process; to another cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tasks.coefficients import highest_order, is_usable
+from tasks.schedule import SolverSchedule, Step
+
+
+def possible(process: Any, times: Sequence[float], wanted: Sequence[Step]) -> SolverSchedule:
+    """The schedule that takes these steps as far as they are possible.
+
+    An order without history, an expansion at an infinite log-SNR, a corrector that nothing follows or that starts at
+    alpha = 0, fresh noise in the velocity form: each becomes the nearest that exists.
+
+    Args:
+        process: the noising process.
+        times: N + 1 decreasing times.
+        wanted: N steps.
+    """
+    steps: list[Step] = []
+    for i, step in enumerate(wanted):
+        steps.append(_possible(process, times, step, i, last=i == len(wanted) - 1))
+    return SolverSchedule(tuple(times), tuple(steps))
+
+
+def _possible(process: Any, times: Sequence[float], step: Step, i: int, last: bool) -> Step:
+    t, end = times[i], times[i + 1]
+    variable, kappa, corrector = step.variable, step.kappa, "none" if last else step.corrector
+    if step.prediction == "v":
+        variable, kappa = variable if variable in ("u", "t", "index") else "u", 0.0
+    elif variable == "u":
+        variable = "t"
+    if kappa > 0 or (step.prediction != "v" and process.alpha(t) == 0):
+        corrector = "none"
+    plain = replace(
+        step, order=1, start=1, points=None, scale=(), relax="none", variable=variable, kappa=kappa, corrector=corrector
+    )
+    order = min(step.order, i + 1)
+    if order > 1 and highest_order(process, replace(plain, order=order), t, end) == 1:
+        plain = replace(plain, variable="t", kappa=0.0)  # log-SNR has no end at the data; time has
+        if highest_order(process, replace(plain, order=order), t, end) == 1:
+            order = 1
+    usable = 0
+    while usable < i and is_usable(process, plain.variable, times[i - 1 - usable]):
+        usable += 1
+    order = min(order, usable + 1)
+    if order == 1:
+        return plain
+    points = step.points[: order - 1] if step.points is not None and step.start == 1 else None
+    if points is not None and any(-o > i for group in points for o in group):
+        points = None
+    relax = step.relax if plain.variable == "lam" and order == 2 else "none"
+    return replace(plain, order=order, points=points, scale=step.scale[: order - 1], relax=relax)
+
+
+def moved(schedule: SolverSchedule, source: Any, target: Any) -> SolverSchedule:
+    """The same schedule on another process: every node goes to where the target has the same log-SNR.
+
+    The ends stay at pure noise and at the data; nodes beyond the target's range of log-SNR are spread within it.
+    """
+    if source == target:
+        return schedule
+    times = [schedule.times[0]]
+    count = len(schedule.steps)
+    for i, t in enumerate(schedule.times[1:-1], 1):
+        node = float(target.time(source.lam(t)))
+        times.append(min(max(node, 2 * target.t_min * (count - i)), times[-1] * 0.999))
+    found = possible(target, (*times, schedule.times[-1]), schedule.steps)
+    return replace(found, note=schedule.note)
+
+
+def resampled(schedule: SolverSchedule, nfe: int, process: Any) -> SolverSchedule:
+    """The schedule at another number of evaluations.
+
+    Nodes are read from the curve of nodes over the fraction of steps done, the choices of a step from the step that
+    covers the same fraction; the last step stays the last. Implicit correctors are taken away until the cost fits.
+
+    Raises:
+        ValueError: no such schedule spends that many evaluations.
+    """
+    if nfe == schedule.nfe:
+        return schedule
+    count = len(schedule.steps)
+    for num_steps in range(1, nfe + 2):
+        times, steps = [schedule.times[0]], []
+        for i in range(num_steps):
+            place = (i + 1) / num_steps * count
+            left = min(int(place), count - 1)
+            low, high = schedule.times[left], schedule.times[left + 1]
+            times.append(schedule.times[-1] if i == num_steps - 1 else low + (place - left) * (high - low))
+            steps.append(schedule.steps[-1 if i == num_steps - 1 else min(int(i / num_steps * count), count - 1)])
+        found = possible(process, times, steps)
+        spare = found.nfe - nfe
+        for i, step in enumerate(found.steps):
+            if spare > 0 and step.corrector == "implicit":
+                spare -= 1
+                found = replace(found, steps=(*found.steps[:i], replace(step, corrector="none"), *found.steps[i + 1 :]))
+        if found.nfe == nfe:
+            return replace(found, note=schedule.note)
+    raise ValueError(f"a schedule of {schedule.nfe} evaluations cannot be made to spend {nfe}. Choose another number.")
