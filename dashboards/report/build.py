@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dashboards.report import figures
+from dashboards.report import figures, search
 from dashboards.report.findings import findings
 from dashboards.report.view import Z95, Row, best_by_nfe, compared, parts, value_names
 from orchestrator import rows
@@ -37,7 +37,10 @@ def render(results: Results, store: Store, name: str) -> str:
     better = _better(config)
     names = value_names(table, better)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    sections = _sections(table, config, names, better, store) if any(row.complete for row in table) else []
+    sections = []
+    if any(row.complete for row in table):
+        found = search.sections(table, results.search(), better, store, config)
+        sections = [*found, *_sections(table, config, names, better, store)]
     return environment.get_template("page.html").render(
         name=name,
         config=config,
@@ -95,11 +98,6 @@ def _sections(
                 "Where each grid spends its steps. The last step goes to t=0, which lies at infinity and is not drawn."
             )
             sections.append({"title": "Schedules", "text": text, "plots": [_html(figures.schedules(drawn, process))]})
-    for part, members in parts(table).items():
-        if any(row.grid == "searched" for row in members) and not members[0].held_out and qualities:
-            name = qualities[0]
-            plot = _html(figures.search_history(members, name, better[name] == "lower"))
-            sections.append({"title": f"Search: {part}", "text": f"{len(members)} trials.", "plots": [plot]})
     for part, members in parts(table).items():
         if len({row.particles for row in members}) > 1:
             shown = [n for n in names if not n.startswith("cost/")]

@@ -49,15 +49,63 @@ def quality_against_nfe(rows: list[Row], name: str, lower: bool) -> Any:
 
 
 def search_history(rows: list[Row], name: str, lower: bool) -> Any:
-    """Every trial of a search and the best so far."""
-    figure = _figure(f"search history: {rows[0].data['part']}", "trial", name)
-    values = [row.measured(name) for row in rows]
+    """Every trial of a search against what was spent so far, and the best that went all the way."""
+    figure = _figure(f"search history: {rows[0].data['part']}", "network evaluations spent", name)
+    spent: list[float] = []
+    for row in rows:
+        spent.append((spent[-1] if spent else 0.0) + (row.data.get("cost/nfe") or 0.0))
+    kinds = {
+        "baseline": [i for i, row in enumerate(rows) if row.baseline and not row.stopped],
+        "trial": [i for i, row in enumerate(rows) if not row.baseline and not row.stopped],
+        "stopped by the race (estimate)": [i for i, row in enumerate(rows) if row.stopped],
+    }
+    for (label, places), colour in zip(kinds.items(), (COLOURS[1], "#64748b", "#cbd5e1"), strict=True):
+        if places:
+            values = [rows[i].data.get("estimate") or rows[i].measured(name) for i in places]
+            titles = [rows[i].baseline or f"trial {rows[i].data['number']}" for i in places]
+            figure.add_scatter(
+                x=[spent[i] for i in places], y=values, text=titles, mode="markers", name=label,
+                marker={"color": colour},
+            )  # fmt: skip
     best: list[float] = []
-    for value in values:
+    full = [i for i, row in enumerate(rows) if not row.stopped]
+    for i in full:
+        value = rows[i].measured(name)
         best.append(value if not best else (min if lower else max)(best[-1], value))
-    numbers = list(range(1, len(rows) + 1))
-    figure.add_scatter(x=numbers, y=values, mode="markers", name="trial", marker={"color": "#94a3b8"})
-    figure.add_scatter(x=numbers, y=best, mode="lines", name="best so far", line={"color": COLOURS[0]})
+    figure.add_scatter(
+        x=[spent[i] for i in full], y=best, mode="lines", name="best so far", line={"color": COLOURS[0], "shape": "hv"}
+    )
+    values = [row.measured(name) for row in rows]
+    if min(values) > 0 and max(values) / min(values) > 8:
+        figure.update_yaxes(type="log")
+    return figure
+
+
+def importances(shares: dict[str, float], name: str) -> Any:
+    """How much of an objective's variance each parameter explains."""
+    figure = _figure(f"importance of the parameters for {name}", "share of the variance (fANOVA)", "")
+    shown = list(shares.items())[:20][::-1]
+    figure.add_bar(
+        x=[value for _, value in shown], y=[path for path, _ in shown], orientation="h", marker={"color": COLOURS[0]}
+    )
+    return figure
+
+
+def front(rows: list[Row], held: list[Row], names: list[str]) -> Any:
+    """All trials in the plane of the first two objectives, with the winners on held-out samples."""
+    figure = _figure(f"{names[0]} against {names[1]}", names[1], names[0])
+    for label, members, colour in (("trial", rows, "#94a3b8"), ("front, held out", held, COLOURS[0])):
+        points = sorted(members, key=lambda row: row.measured(names[1]))
+        if points:
+            figure.add_scatter(
+                x=[row.measured(names[1]) for row in points],
+                y=[row.measured(names[0]) for row in points],
+                error_y={"type": "data", "array": [Z95 * row.error(names[0]) for row in points], "thickness": 1},
+                text=[row.baseline or f"trial {row.data['number']}" for row in points],
+                mode="markers" if members is rows else "lines+markers",
+                name=label,
+                marker={"color": colour},
+            )
     return figure
 
 

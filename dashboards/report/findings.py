@@ -1,4 +1,4 @@
-"""What came out of a study, in sentences: winners, paired comparisons, what a search gained, what candidates bought."""
+"""What came out of a study, in sentences: winners, paired comparisons, what candidates bought."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ def findings(
     qualities = [n for n in names if n.startswith("quality/")]
     if not qualities or not any(row.complete for row in table):
         return []
-    name, judge = qualities[0], _Judge(qualities[0], better[qualities[0]] == "lower", store, config)
+    name, judge = qualities[0], Judge(qualities[0], better[qualities[0]] == "lower", store, config)
     pool = [row for row in compared(table) if row.value(name) is not None]
-    return [*_winners(pool, judge), *_searches(table, pool, judge), *_candidates(table, names)]
+    return [*_winners(pool, judge), *_candidates(table, names)]
 
 
-def _interval(row: Row, name: str) -> str:
+def interval(row: Row, name: str) -> str:
+    """A value with its 95 % interval."""
     return f"{row.measured(name):.3f} ± {Z95 * row.error(name):.2g}"
 
 
-class _Judge:
+class Judge:
     """Orders trials by one quality and compares two of them row by row."""
 
     def __init__(self, name: str, lower: bool, store: Store, config: dict[str, Any]) -> None:
@@ -57,39 +58,16 @@ class _Judge:
         return f"{value:+.3g} ± {Z95 * error:.2g} (paired)"
 
 
-def _winners(pool: list[Row], judge: _Judge) -> list[str]:
+def _winners(pool: list[Row], judge: Judge) -> list[str]:
     lines = []
     for nfe in sorted({row.nfe for row in pool}):
         first, *others = judge.ranked([row for row in pool if row.nfe == nfe])
-        line = f"At {nfe} evaluations: {first.solver} with the {first.grid} grid, {_interval(first, judge.name)}"
+        line = f"At {nfe} evaluations: {first.solver} with the {first.grid} grid, {interval(first, judge.name)}"
         rivals = [row for row in others if row.span == first.span and row.data["key"] != first.data["key"]]
         if rivals:
             second = rivals[0]
             line += f"; against {second.solver} with {second.grid}, the next, {judge.difference(first, second)}"
         lines.append(line + ".")
-    return lines
-
-
-def _searches(table: list[Row], pool: list[Row], judge: _Judge) -> list[str]:
-    lines = []
-    for row in pool:
-        if row.grid != "searched" or not row.held_out:
-            continue
-        stock = [other for other in pool if (other.nfe, other.span) == (row.nfe, row.span) and other.grid != "searched"]
-        if stock:
-            best = judge.ranked(stock)[0]
-            lines.append(
-                f"The searched {row.nfe}-evaluation grid on held-out samples: {_interval(row, judge.name)} against "
-                f"{_interval(best, judge.name)} of the best stock one ({best.solver}, {best.grid}): "
-                f"{judge.difference(row, best)}."
-            )
-        seen = [o for o in table if o.complete and not o.held_out and o.data["key"] == row.data["key"]]
-        if seen:
-            before = f"While searching it had {seen[0].measured(judge.name):.3f} on {seen[0].span[1]:,} samples"
-            same = seen[0].span[1] == row.span[1]
-            optimism = f"the optimism is {row.measured(judge.name) - seen[0].measured(judge.name):+.3f}"
-            other = "values at other sample counts have another bias, so only the held-out ones compare"
-            lines.append(f"{before}; {optimism if same else other}.")
     return lines
 
 
@@ -99,6 +77,6 @@ def _candidates(table: list[Row], names: list[str]) -> list[str]:
         ordered = sorted(members, key=lambda row: row.particles)
         rewards = [n for n in names if n.startswith("reward/") and ordered[0].value(n) is not None]
         if len({row.particles for row in ordered}) > 1 and rewards:
-            curve = ", ".join(f"N={row.particles} {_interval(row, rewards[0])}" for row in ordered)
+            curve = ", ".join(f"N={row.particles} {interval(row, rewards[0])}" for row in ordered)
             lines.append(f"Best of N, {rewards[0]}: {curve}.")
     return lines

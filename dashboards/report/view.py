@@ -49,7 +49,25 @@ class Row:
         if spec["name"] == "stock":
             config = self.recipe["solver"].get("config", {})
             return ", ".join(f"{k.removeprefix('use_')}" if v is True else str(v) for k, v in config.items()) or "stock"
-        return "searched" if spec["name"] == "ratios" else spec["name"]
+        return "searched" if spec["name"] == "ratios" or self.schedule is not None else spec["name"]
+
+    @property
+    def schedule(self) -> dict[str, Any] | None:
+        """The whole schedule as data, where its steps were given one by one."""
+        recipe = self.recipe
+        if recipe["solver"].get("steps") is None or recipe["times"]["name"] != "explicit":
+            return None
+        return {"solver_schedule": 1, "times": recipe["times"]["values"], "steps": recipe["solver"]["steps"]}
+
+    @property
+    def baseline(self) -> str:
+        """The name of a known schedule that a search tried first; empty for its proposals."""
+        return self.data.get("baseline") or ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a race stopped it before it had all its samples."""
+        return bool(self.data.get("stopped"))
 
     @property
     def nfe(self) -> int:
@@ -109,7 +127,7 @@ def parts(rows: list[Row]) -> dict[str, list[Row]]:
 
 def compared(rows: list[Row]) -> list[Row]:
     """The trials whose values may be set side by side: held-out ones where there are any, else all single ones."""
-    single = [row for row in rows if row.complete and row.particles == 1]
+    single = [row for row in rows if row.complete and row.particles == 1 and not row.stopped]
     return [row for row in single if row.held_out] or single
 
 

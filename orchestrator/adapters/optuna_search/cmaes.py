@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.adapters.optuna_search.distributions import shared, with_space
+from orchestrator.adapters.optuna_search.distributions import distribution, with_space
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
 from orchestrator.registries import searches
-from orchestrator.space import Space
+from orchestrator.space import Axis, Space, label
 
 
 @searches.register("cmaes")
@@ -16,8 +16,8 @@ from orchestrator.space import Space
 class CMAES(OptunaSpec):
     """CMA-ES, by Optuna: for numbers that interact, such as the nodes and weights of one schedule.
 
-    It starts at the best baseline that is a point of the space. Choices are drawn at random: fix them, or search them
-    with another algorithm.
+    It starts at the best baseline that is a point of the space, or near one, and keeps that one's choices (predictions,
+    orders, correctors): the numbers are what it searches.
 
     Args:
         population: trials of a generation; 0 takes 4 + 3 ln(dimensions).
@@ -43,16 +43,26 @@ class CMAES(OptunaSpec):
         """Optuna's CmaEsSampler; its state lies in the storage with the trials."""
         import optuna
 
-        fixed = shared(space, numbers_only=True)
-        first = {name: value for name, value in (start or {}).items() if name in fixed}
-        if set(first) != set(fixed):
-            first = {name: value for name, value in space.middle().items() if name in fixed}
-        made = optuna.samplers.CmaEsSampler(
+        given = start or space.middle()
+
+        def first(axis: Axis) -> Any:
+            if axis.choices is not None:
+                return axis.nearest(given.get(axis.name, axis.choices[0]))
+            return given.get(axis.name, axis.at(0.5))
+
+        point = space.walk(first)[0]
+        axes = {axis.name: axis for axis in space.axes}
+        numbers = {name: distribution(axes[name]) for name in point if axes[name].choices is None}
+        numbers = {name: d for name, d in numbers.items() if not d.single()}
+        made: Any = optuna.samplers.CmaEsSampler(
             seed=seed,
-            x0=first,
+            x0={name: point[name] for name in numbers},
             sigma0=self.sigma,
             n_startup_trials=0,
             popsize=self.population or None,
             warn_independent_sampling=False,
         )
-        return with_space(made, fixed)
+        made.sample_independent = lambda study, trial, name, d: label(
+            axes[name].nearest(point.get(name, given.get(name)))
+        )
+        return with_space(made, numbers)

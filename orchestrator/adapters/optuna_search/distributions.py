@@ -21,12 +21,10 @@ def distribution(axis: Axis) -> Any:
         return FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)
 
 
-def shared(space: Space, numbers_only: bool = False) -> dict[str, Any]:
+def shared(space: Space) -> dict[str, Any]:
     """Distributions of the axes that every point has, those with a single value left out."""
     present = space.shared
     found = {axis.name: distribution(axis) for axis in space.axes if axis.name in present}
-    if numbers_only:
-        found = {name: d for name, d in found.items() if not hasattr(d, "choices")}
     return {name: d for name, d in found.items() if not d.single()}
 
 

@@ -1,0 +1,145 @@
+"""What every search of a study found: its winner beside the best baseline, the optimism of its choice, what it cost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dashboards.report import figures
+from dashboards.report.findings import Judge, interval
+from dashboards.report.view import Row
+from orchestrator.store import Store
+from tasks.schedule import SolverSchedule
+
+
+def sections(
+    table: list[Row], searches: list[dict[str, Any]], better: dict[str, str], store: Store, config: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One section a search that finished at least one trial; an answer in words first."""
+    found = []
+    for entry in searches:
+        rows = [row for row in table if row.complete and row.data["part"] == entry["part"]]
+        objectives = [name for name in entry["objectives"] if name in better]
+        if not rows or not objectives or any(row.value(objectives[0]) is None for row in rows):
+            continue
+        held = [row for row in table if row.complete and row.data["part"] == entry.get("held_out", "")]
+        found.append(_section(entry, rows, held, objectives, better, store, config))
+    return found
+
+
+def _section(
+    entry: dict[str, Any],
+    rows: list[Row],
+    held: list[Row],
+    objectives: list[str],
+    better: dict[str, str],
+    store: Store,
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    name, lower = objectives[0], better[objectives[0]] == "lower"
+    judge = Judge(name, lower, store, config)
+    plots = [figures.search_history(rows, name, lower)]
+    if len(objectives) > 1:
+        plots.append(figures.front(rows, held, objectives))
+    if entry["importances"] and entry["importances"][0]:
+        plots.append(figures.importances(entry["importances"][0], name))
+    title = entry["part"] or entry["search"]
+    answers = _front(held or rows, objectives) if len(objectives) > 1 else _answer(rows, held, judge)
+    return {
+        "title": f"Search: {title}",
+        "text": f"{entry['search']}, visible in optuna-dashboard as {entry['optuna_study']}.",
+        "lines": [*answers, *_cost(rows, entry)],
+        "plots": [figure.to_html(full_html=False, include_plotlyjs=False) for figure in plots],
+        "details": [] if len(objectives) > 1 else _winning_schedule(rows, held, judge),
+    }
+
+
+def best(rows: list[Row], judge: Judge, baseline: bool | None = None) -> Row | None:
+    """The best trial that went all the way; of baselines or of proposals only if asked for."""
+    full = [row for row in rows if not row.stopped and (baseline is None or bool(row.baseline) == baseline)]
+    return judge.ranked(full)[0] if full else None
+
+
+def _answer(rows: list[Row], held: list[Row], judge: Judge) -> list[str]:
+    winner, known = best(rows, judge), best(rows, judge, baseline=True)
+    if winner is None:
+        return []
+    lines = [
+        f"The winner is {_named(winner)}: {interval(winner, judge.name)} on the {_samples(winner)} it was chosen on."
+    ]
+    again = _same(held, winner)
+    if again is not None:
+        lines.append(f"On held-out samples it has {interval(again, judge.name)} ({_samples(again)}).")
+        gap = again.measured(judge.name) - winner.measured(judge.name)
+        if again.span[1] == winner.span[1]:
+            lines.append(f"The optimism of the choice, held-out minus selection value, is {gap:+.3g}.")
+        else:
+            lines.append(
+                f"Held-out minus selection value is {gap:+.3g}, at other sample counts: part of it is the metric's own "
+                "bias, so set search.held_out to the number of samples of a trial to see the optimism alone."
+            )
+    if known is None:
+        return [*lines, "No baseline was tried: set search.baselines=stock."]
+    rival = _same(held, known)
+    if known is winner:
+        lines.append("No proposal beat the best baseline.")
+    elif again is not None and rival is not None:
+        lines.append(
+            f"Against the best baseline ({known.baseline}; held out {interval(rival, judge.name)}): "
+            f"{judge.difference(again, rival)}."
+        )
+    else:
+        lines.append(
+            f"Against the best baseline ({known.baseline}): {judge.difference(winner, known)}, on its own samples."
+        )
+    return lines
+
+
+def _front(rows: list[Row], objectives: list[str]) -> list[str]:
+    where = "held-out samples" if rows and rows[0].held_out else "the search's own samples"
+    lines = [f"The Pareto front on {where}, {' and '.join(objectives)}:"]
+    for row in sorted(rows, key=lambda r: r.measured(objectives[0])):
+        lines.append(f"{_named(row)}: " + ", ".join(interval(row, name) for name in objectives))
+    return lines
+
+
+def _cost(rows: list[Row], entry: dict[str, Any]) -> list[str]:
+    """Where the evaluations of a search went."""
+    distinct = {row.data["key"]: row for row in sorted(rows, key=lambda row: row.span[1])}.values()
+    spent = sum(row.data.get("cost/nfe") or 0.0 for row in distinct)
+    known = sum(row.data.get("cost/nfe") or 0.0 for row in distinct if row.baseline)
+    full = max(row.span[1] for row in rows)
+    straight = sum((row.data.get("cost/nfe") or 0.0) * full / row.span[1] for row in distinct)
+    line = f"{len(rows)} trials cost {spent:,.0f} network evaluations, {known:,.0f} of them for baselines"
+    if entry.get("racing") and straight > spent:
+        line += f"; racing saved {1 - spent / straight:.0%} of the {straight:,.0f} that all samples would have cost"
+    reused = sum(row.data.get("cost/nfe_reused") or 0.0 for row in distinct)
+    if reused:
+        line += f"; {reused:,.0f} were not made because trials begin alike"
+    return [line + "."]
+
+
+def _winning_schedule(rows: list[Row], held: list[Row], judge: Judge) -> list[tuple[str, str]]:
+    winner = best(rows, judge)
+    if winner is None:
+        return []
+    found = winner.schedule
+    if found is None:
+        return []
+    aloud = SolverSchedule.from_data(found).read_aloud()
+    return [
+        ("The winning schedule, read aloud", aloud),
+        ("The same as JSON: save it, and run it with schedule=FILE", json.dumps(found, indent=1)),
+    ]
+
+
+def _same(rows: list[Row], other: Row) -> Row | None:
+    return next((row for row in rows if row.data["key"] == other.data["key"]), None)
+
+
+def _named(row: Row) -> str:
+    return row.baseline or f"trial {row.data['number']}"
+
+
+def _samples(row: Row) -> str:
+    return f"{row.span[1]:,} samples"
