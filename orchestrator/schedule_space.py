@@ -7,6 +7,7 @@
       prediction: [x0, eps]
       variable: [lam, t]
       points: [full, near]            # each derivative from all points of the order, or from the nearest that suffice
+      relax: [none, bh1, bh2]         # B(h) of UniPC and DPM-Solver++ in place of the exact first-derivative weight
       scale: {low: 0.0, high: 3.0}    # factor on the first derivative's term (scale2: on the second's)
       corrector: [none, pseudo]       # implicit costs an evaluation more, so the run has a step less
       kappa: {low: 0.0, high: 1.0}
@@ -175,7 +176,7 @@ class ScheduleSpace:
         return step["kappa"] == 0 and not (i == 0 and self.process.alpha(self.start) == 0)
 
     def _ask_word(self, ask: Callable[[Axis], Any], key: str, i: int) -> Any:
-        if key not in self._axes or (key in ("variable", "points", "relax") and i == 0):
+        if key not in self._axes or (key in ("variable", "points") and i == 0):
             return self._fixed[key] if key not in self._axes else self._axes[key][0]
         allowed = self._axes[key]
         if key == "call":
@@ -256,8 +257,10 @@ class ScheduleSpace:
                 return schedule.times[i] / schedule.times[i - 1]
             step = schedule.steps[i]
             if head == "scale":
-                factor = relaxation(self.process, step, schedule.times[i], schedule.times[i + 1])
-                return factor * (step.scale[0] if step.scale else 1.0)
+                scale = step.scale[0] if step.scale else 1.0
+                if "relax" in self._axes or step.relax == self._fixed["relax"]:
+                    return scale
+                return scale * relaxation(self.process, step, schedule.times[i], schedule.times[i + 1])
             if head == "scale2":
                 return step.scale[1] if len(step.scale) > 1 else 1.0
             if head == "points":
@@ -296,7 +299,7 @@ class ScheduleSpace:
             found["nfe"] = self._parse("nfe", list(self.nfes))
         for i in range(self._longest):
             for key in WORDS:
-                if key not in self._axes or (key in ("variable", "points", "relax") and i == 0):
+                if key not in self._axes or (key in ("variable", "points") and i == 0):
                     continue
                 allowed = self._axes[key]
                 if key == "call" and i > 0:

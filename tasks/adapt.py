@@ -37,11 +37,12 @@ def _possible(process: Any, times: Sequence[float], step: Step, i: int, last: bo
     if kappa > 0 or (step.prediction != "v" and process.alpha(t) == 0):
         corrector = "none"
     plain = replace(
-        step, order=1, start=1, points=None, scale=(), relax="none", variable=variable, kappa=kappa, corrector=corrector
-    )
+        step, order=1, start=1, points=None, scale=(), variable=variable, kappa=kappa, corrector=corrector,
+        relax=step.relax if variable == "lam" else "none",
+    )  # fmt: skip
     order = min(step.order, i + 1)
     if order > 1 and highest_order(process, replace(plain, order=order), t, end) == 1:
-        plain = replace(plain, variable="t", kappa=0.0)  # log-SNR has no end at the data; time has
+        plain = replace(plain, variable="t", relax="none", kappa=0.0)  # log-SNR has no end at the data; time has
         if highest_order(process, replace(plain, order=order), t, end) == 1:
             order = 1
     usable = 0
@@ -53,8 +54,7 @@ def _possible(process: Any, times: Sequence[float], step: Step, i: int, last: bo
     points = step.points[: order - 1] if step.points is not None and step.start == 1 else None
     if points is not None and any(-o > i for group in points for o in group):
         points = None
-    relax = step.relax if plain.variable == "lam" and order == 2 else "none"
-    return replace(plain, order=order, points=points, scale=step.scale[: order - 1], relax=relax)
+    return replace(plain, order=order, points=points, scale=step.scale[: order - 1])
 
 
 def moved(schedule: SolverSchedule, source: Any, target: Any) -> SolverSchedule:
