@@ -256,6 +256,8 @@ class ScheduleSpace:
             if head == "ratio":
                 return schedule.times[i] / schedule.times[i - 1]
             step = schedule.steps[i]
+            if head in ("scale", "scale2") and step.order < (2 if head == "scale" else 3):
+                return 0.0  # where the space fixes a higher order
             if head == "scale":
                 scale = step.scale[0] if step.scale else 1.0
                 if "relax" in self._axes or step.relax == self._fixed["relax"]:

@@ -20,8 +20,9 @@ from tasks.schedule import SolverSchedule
 
 FULL = {
     "times": "free", "order": [1, 2, 3], "prediction": ["x0", "eps", "v"], "variable": ["lam", "t", "rho"],
-    "points": ["full", "near"], "relax": ["none", "bh1", "bh2"], "scale": {"low": 0.0, "high": 3.0}, "scale2": {"low": 0.0, "high": 2.0},
-    "corrector": ["none", "pseudo", "implicit"], "kappa": {"low": 0.0, "high": 1.0}, "call": ["model", "noise"],
+    "points": ["full", "near"], "relax": ["none", "bh1", "bh2"], "scale": {"low": 0.0, "high": 3.0},
+    "scale2": {"low": 0.0, "high": 2.0}, "corrector": ["none", "pseudo", "implicit"],
+    "kappa": {"low": 0.0, "high": 1.0}, "call": ["model", "noise"],
 }  # fmt: skip
 
 

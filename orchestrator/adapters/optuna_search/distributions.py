@@ -37,11 +37,18 @@ def with_space(sampler: Any, fixed: dict[str, Any]) -> Any:
     return sampler
 
 
-def covering(study: Any, fixed: dict[str, Any]) -> Any:
-    """A copy of the study in memory with the trials that have all of some parameters."""
-    import optuna
+class Covering:
+    """A study as a sampler sees it that cannot do with trials which lack some of its parameters."""
 
-    copy = optuna.create_study(directions=study.directions)
-    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.RUNNING))
-    copy.add_trials([t for t in done if set(fixed) <= set(t.params)])
-    return copy
+    def __init__(self, study: Any, fixed: dict[str, Any]) -> None:
+        self._study, self._names = study, set(fixed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Those that have them all."""
+        return [t for t in self._study.get_trials(*args, **kwargs) if self._names <= set(t.params)]
+
+    def _get_trials(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [t for t in self._study._get_trials(*args, **kwargs) if self._names <= set(t.params)]

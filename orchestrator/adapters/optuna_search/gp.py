@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.adapters.optuna_search.distributions import covering, shared, with_space
+from orchestrator.adapters.optuna_search.distributions import Covering, shared, with_space
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
 from orchestrator.registries import searches
 from orchestrator.space import Space
@@ -33,5 +33,5 @@ class GP(OptunaSpec):
         fixed = shared(space)
         made: Any = optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.num_startup_trials)
         sample = made.sample_relative
-        made.sample_relative = lambda study, trial, _: sample(covering(study, fixed), trial, fixed)
+        made.sample_relative = lambda study, trial, _: sample(Covering(study, fixed), trial, fixed)
         return with_space(made, fixed)

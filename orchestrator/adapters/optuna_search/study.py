@@ -142,6 +142,12 @@ class OptunaSearch:
             warnings.simplefilter("ignore")  # names of objectives are marked experimental
             if not self._study.metric_names:
                 patiently(lambda: self._study.set_metric_names(list(self._spec.targets())))
+        wanted = [optuna.study.StudyDirection[d.upper()] for d in directions]
+        if self._study.directions != wanted:
+            raise ValueError(
+                f"the search storage already has a study {self.name} with other objectives. Set another study name or "
+                "storage."
+            )
         self._replay = patiently(lambda: list(self._study.trials))
         self._leases = Leases(self._study)
         if not self._replay:
