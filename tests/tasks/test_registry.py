@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,18 @@ def test_building_does_not_change_the_spec():
     described = registry.solvers.describe(plugin)
     described["config"]["solver_order"] = 1
     assert plugin.config == {"solver_order": 3}
+
+
+def test_a_registry_that_two_threads_ask_first_is_whole_for_both(tmp_path, monkeypatch):
+    package = tmp_path / "slow_plugins"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text("import time\ntime.sleep(0.2)\nregistry.register('one')(type('One', (), {}))\n")
+    fresh = registry.Registry("thing", "slow_plugins")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("builtins.registry", fresh, raising=False)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: fresh.names(), range(2))) == [["one"], ["one"]]
 
 
 def test_a_name_cannot_be_registered_twice():
