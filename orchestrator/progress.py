@@ -51,7 +51,7 @@ class Progress:
     def planned(self, trial: Any, work: Any) -> None:
         """Its missing shards are known."""
         self.shards += len(work)
-        self.reused += trial.num_samples - work.samples if trial.attempts == 1 else 0
+        self.reused += trial.num_samples - work.samples if trial.attempts == 1 and not trial.ahead else 0
         self.tick()
 
     def made(self, trial: Any, shard: Any, cost: dict[str, Any]) -> None:

@@ -45,6 +45,8 @@ UNUSUAL = [
     ("metric", {"name": "frechet", "features": "identity"}),
     ("metric", {"name": "kid", "features": "identity", "max_samples": 12}),
     ("metric", {"name": "mean_reward", "reward": "ink"}),
+    ("metric", {"name": "trajectory", "solver": {"name": "heun"}, "num_steps": 9, "times": {"name": "karras"}}),
+    ("features", {"name": "trajectory_distance", "num_steps": 9, "times": {"name": "explicit", "values": [1.0, 0.0]}}),
 ]
 
 
@@ -157,7 +159,8 @@ def test_a_reward_gives_one_number_per_sample(name):
 @pytest.mark.parametrize("name", registry.features.names())
 def test_features_are_as_long_as_they_say(name):
     extractor = registry.features.build(name)
-    values = extractor(torch.linspace(-1, 1, 5 * 64).view(5, 1, 8, 8), None)
+    companion = [torch.zeros(5, 1, 8, 8)] if hasattr(extractor, "companion") else []
+    values = extractor(torch.linspace(-1, 1, 5 * 64).view(5, 1, 8, 8), None, *companion)
     assert values.shape == (5, extractor.dim((1, 8, 8)))
 
 
