@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator import rows
-from orchestrator.plan import covered, missing
+from orchestrator.plan import aside, covered, missing
 from orchestrator.store import Store
 from tasks import registry, run
 from tasks.recipe import Recipe, canonical, digest, scorer_identity
@@ -36,7 +36,7 @@ def scorers(metrics: list[Spec]) -> list[Spec]:
 def chunks(recipe: Recipe, needs: list[Spec], start: int, stop: int, store: Store) -> Iterator[dict[str, np.ndarray]]:
     """The columns of the rows [start, stop), ``CHUNK`` rows at a time; ``position`` numbers them from 0."""
     names = ["label", "nfe", "reward_calls"]
-    spans = missing(start, stop, covered([], store.quarantined(recipe.key)))
+    spans = missing(start, stop, covered([], aside(recipe, needs, store)))
     sources = [_rechunk(store, "rows", recipe.key, names, spans)]
     sources += [_rechunk(store, "columns", recipe.column_key(spec), ["value"], spans) for spec in needs]
     position = 0
@@ -96,14 +96,14 @@ def measure(
         CorruptShard: a damaged file; its range must be made again.
     """
     needs = scorers(metrics)
-    aside = [index for index in store.quarantined(recipe.key) if start <= index < stop]
+    without = [index for index in aside(recipe, needs, store) if start <= index < stop]
     key = digest(
         {
             "rows": recipe.key,
             "columns": [recipe.column_key(spec) for spec in needs],
             "metrics": metrics,
             "range": [start, stop],
-            "without": aside,
+            "without": without,
         }
     )
     known = store.get_json("values", key)
@@ -118,9 +118,9 @@ def measure(
         for i, plugin in enumerate(plugins):
             part = plugin.summarize(chunk)
             summaries[i] = part if summaries[i] is None else plugin.merge(summaries[i], part)
-    if total != stop - start - len(aside):
+    if total != stop - start - len(without):
         raise ValueError(
-            f"{total} rows of {stop - start - len(aside)} are there for {recipe.key}; refusing to report on fewer."
+            f"{total} rows of {stop - start - len(without)} are there for {recipe.key}; refusing to report on fewer."
         )
     values: dict[str, float] = {}
     for plugin, summary, ref in zip(plugins, summaries, references, strict=True):

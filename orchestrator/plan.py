@@ -124,12 +124,8 @@ def shards(recipe: Recipe, scorers: list[Spec], start: int, stop: int, size: int
         size: shard size; boundaries lie at its multiples, so growing a trial computes only the new rows.
         store: what is there already.
     """
-    out = store.quarantined(recipe.key)
-    row_gaps = missing(start, stop, covered(store.committed("rows", recipe.key), out))
-    column_gaps = [
-        (spec, missing(start, stop, covered(store.committed("columns", recipe.column_key(spec)), out)))
-        for spec in scorers
-    ]
+    row_gaps = missing(start, stop, covered(store.committed("rows", recipe.key), store.quarantined(recipe.key)))
+    column_gaps = [(spec, _unscored(recipe, spec, start, stop, store)) for spec in scorers]
     edges = {start, stop}
     for gaps in (row_gaps, *(gaps for _, gaps in column_gaps)):
         edges.update(edge for gap in gaps for edge in gap)
@@ -141,6 +137,33 @@ def shards(recipe: Recipe, scorers: list[Spec], start: int, stop: int, size: int
         if need_rows or need:
             pieces.append(Shard(data, low, high, need_rows, need, store.root, recipe.key))
     return Work(tuple(pieces), size)
+
+
+def aside(recipe: Recipe, scorers: list[Spec], store: Store) -> dict[int, str]:
+    """Rows that do not count, with the reasons: those in quarantine, and those whose companion is."""
+    found: dict[int, str] = {}
+    for spec in scorers:
+        if (other := recipe.companion(spec)) is not None:
+            found |= {i: f"its companion in {other.key}: {why}" for i, why in store.quarantined(other.key).items()}
+    return dict(sorted((found | store.quarantined(recipe.key)).items()))
+
+
+def _unscored(recipe: Recipe, scorer: Spec, start: int, stop: int, store: Store) -> list[tuple[int, int]]:
+    """Where [start, stop) lacks a scorer's column."""
+    records = store.committed("columns", recipe.column_key(scorer))
+    return missing(start, stop, covered(records, aside(recipe, [scorer], store)))
+
+
+def companions(recipe: Recipe, scorers: list[Spec], start: int, stop: int, size: int, store: Store) -> Work:
+    """The rows of other recipes that scoring a trial's rows needs first, and the store lacks."""
+    pieces: dict[tuple[str, int, int], Shard] = {}
+    for spec in scorers:
+        if (other := recipe.companion(spec)) is None:
+            continue
+        for low, high in _unscored(recipe, spec, start, stop, store):
+            lacking = shards(other, [], low, high, size, store).pieces
+            pieces |= {(piece.key, piece.start, piece.stop): piece for piece in lacking}
+    return Work(tuple(pieces.values()), size)
 
 
 ARTIFACTS = "artifacts"

@@ -51,7 +51,7 @@ class Progress:
     def planned(self, trial: Any, work: Any) -> None:
         """Its missing shards are known."""
         self.shards += len(work)
-        if trial.num_samples > trial.counted:  # the first time, or grown since
+        if trial.num_samples > trial.counted and not trial.ahead:  # the first time, or grown since
             self.reused += max(trial.num_samples - trial.counted - work.samples, 0)
             trial.counted = trial.num_samples
         self.tick()

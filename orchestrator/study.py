@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.measure import measure, scorers
-from orchestrator.plan import ARTIFACTS, Shard, calibration, shards, uncalibrated
+from orchestrator.plan import ARTIFACTS, Shard, Work, aside, calibration, companions, shards, uncalibrated
 from orchestrator.ports import Executor, Proposal, Search, SearchContext, Tracker, WorkerLost
 from orchestrator.registries import searches
 from orchestrator.store import CorruptShard, Store
@@ -115,8 +115,24 @@ class Study:
                 scorer.check(model.shape)
                 if scorer.needs_labels and not recipe.has_labels:
                     raise ValueError(f"metric {spec['name']} needs labels, but this study has none. Leave it out.")
+                self._check_companion(recipe, spec["name"], need)
             plugin.check(model, count)
         return trial
+
+    @staticmethod
+    def _check_companion(recipe: Recipe, metric: str, need: Spec) -> None:
+        """Refuse a metric that compares with rows which cannot be made, or that is not meant to compare rows."""
+        if (other := recipe.companion(need)) is None:
+            return
+        if not getattr(registry.metrics.get(metric), "paired", False):
+            raise ValueError(
+                f"metric {metric} cannot read {need['name']}, which compares a sample with another one and not with "
+                "data. Use metric trajectory."
+            )
+        try:
+            other.check()
+        except ValueError as error:
+            raise ValueError(f"what metric {metric} compares with cannot be sampled: {error}") from None
 
 
 @dataclass
@@ -144,6 +160,8 @@ class Trial:
     counted: int = 0
     announced: bool = False
     damaged: bool = False
+    ahead: frozenset[str] = frozenset()  # keys of the companion rows that are being made for it
+    rounds: int = 0  # how often they were, since it last got on
 
     @property
     def part(self) -> str:
@@ -284,32 +302,73 @@ class _Loop:
     trials: list[Trial]
     backlog: Backlog = field(default_factory=Backlog)
     calibrating: set[str] = field(default_factory=set)
+    accompanying: set[str] = field(default_factory=set)
     waiting: list[Trial] = field(default_factory=list)
 
     def plan(self, trial: Trial) -> None:
-        """Put a trial's missing shards into the queue, or finish it if there are none; its calibrations come first."""
+        """Put a trial's missing shards into the queue, or finish it if there are none.
+
+        Calibrations come first, then the rows of other recipes that its scorers compare with.
+        """
         if not trial.announced:
             trial.announced = True
             self.trials.append(trial)
             self.watch.began(trial)
         if missing := uncalibrated(trial.recipe, self.store):
             return self.prepare(trial, missing)
+        needs = scorers(self.study.metrics)
+        span = (trial.first_index, trial.stop, self.study.shard_size, self.store)
+        if ahead := companions(trial.recipe, needs, *span):
+            return self.accompany(trial, ahead)
+        trial.rounds = 0
         trial.attempts += 1
-        if self.store.get_json("recipes", trial.recipe.key) is None:
-            self.store.put_json("recipes", trial.recipe.key, asdict(trial.recipe))
-        work = shards(
-            trial.recipe,
-            scorers(self.study.metrics),
-            trial.first_index,
-            trial.stop,
-            self.study.shard_size,
-            self.store,
-        )
+        self._keep(trial.recipe.key, asdict(trial.recipe))
+        work = shards(trial.recipe, needs, *span)
+        self._queue(trial, work)
+        if not work:
+            self.finish(trial)
+
+    def _keep(self, key: str, recipe: dict[str, Any]) -> None:
+        if self.store.get_json("recipes", key) is None:
+            self.store.put_json("recipes", key, recipe)
+
+    def _queue(self, trial: Trial, work: Work) -> None:
         trial.open_shards = len(work)
         self.watch.planned(trial, work)
         self.backlog.add((trial, shard) for shard in work)
-        if not work:
+
+    def accompany(self, trial: Trial, work: Work) -> None:
+        """Have the rows made that a trial's are compared with, or wait for another trial that has them made already."""
+        keys = {piece.key: piece.recipe for piece in work.pieces}
+        if self.accompanying & set(keys):
+            self.waiting.append(trial)
+            return
+        trial.rounds += 1
+        if trial.rounds > MAX_ATTEMPTS:
+            trial.reason = f"its companion rows were made {MAX_ATTEMPTS} times, and the store still lacks some"
+            log.error("%s: %s", trial.title, trial.reason)
+            return self.finish(trial)
+        for key, recipe in keys.items():
+            self._keep(key, recipe)
+        trial.ahead = frozenset(keys)
+        self.accompanying |= trial.ahead
+        self._queue(trial, work)
+
+    def accompanied(self, trial: Trial) -> None:
+        """Go on with a trial whose companion rows were made, and with those that waited for them."""
+        self.accompanying -= trial.ahead
+        trial.ahead, trial.damaged = frozenset(), False
+        if trial.reason:
             self.finish(trial)
+        else:
+            self.plan(trial)
+        self.resume()
+
+    def resume(self) -> None:
+        """Plan the trials again that waited for something."""
+        waiting, self.waiting = self.waiting, []
+        for other in waiting:
+            self.plan(other)
 
     def prepare(self, trial: Trial, missing: list[str]) -> None:
         """Have a trial's artifacts made, or wait for another trial that has some of them made already."""
@@ -328,9 +387,7 @@ class _Loop:
             trial.reason = f"calibration failed: {type(error).__name__}: {error}"
             log.error("%s: %s", trial.title, trial.reason)
             self.finish(trial)
-        waiting, self.waiting = self.waiting, []
-        for other in waiting:
-            self.plan(other)
+        self.resume()
 
     def refuse(self, proposal: Proposal, error: ValueError) -> None:
         """Note a proposal that cannot run as a failed trial, and go on."""
@@ -361,14 +418,15 @@ class _Loop:
             trial.open_shards += 2
             self.backlog.add(((trial, half) for half in shard.halves()), first=True)
         elif isinstance(error, WorkerLost):
-            log.error("row %d of %s kills its worker; it is set aside: %s", shard.start, trial.recipe.key, error)
-            self.store.quarantine(trial.recipe.key, shard.start, str(error))
+            log.error("row %d of %s kills its worker; it is set aside: %s", shard.start, shard.key, error)
+            self.store.quarantine(shard.key, shard.start, str(error))
         else:
-            reason = f"shard {shard.name} failed: {type(error).__name__}: {error}"
+            kind = "companion shard" if trial.ahead else "shard"
+            reason = f"{kind} {shard.name} failed: {type(error).__name__}: {error}"
             log.error("%s. Reproduce here: solvus shard %s root=%s", reason, shard.name, shard.root)
             trial.reason = trial.reason or reason
         if trial.open_shards == 0:
-            self.finish(trial)
+            self.accompanied(trial) if trial.ahead else self.finish(trial)
 
     def _times(self, trial: Trial) -> list[float]:
         """The grid of a trial whose calibrations are done; empty if they failed."""
@@ -399,10 +457,10 @@ class _Loop:
                 trial.reason = f"measuring failed: {error}"
                 log.error("%s: %s", trial.title, trial.reason)
         if more is not None:
-            trial.num_samples, trial.attempts = more, 0
+            trial.num_samples, trial.attempts, trial.rounds = more, 0, 0
             return self.plan(trial)
-        aside = self.store.quarantined(trial.recipe.key)
-        trial.quarantined = {i: why for i, why in aside.items() if trial.first_index <= i < trial.stop}
+        without = aside(trial.recipe, scorers(self.study.metrics), self.store)
+        trial.quarantined = {i: why for i, why in without.items() if trial.first_index <= i < trial.stop}
         trial.state = "failed" if trial.reason else "degraded" if trial.quarantined else "complete"
         trial.cost = self.ledger.cost_of(trial.recipe, trial.first_index, trial.stop, self.store)
         trial.commit = origin()["commit"]

@@ -56,12 +56,15 @@ def _study(args: Any) -> Any:
 def _foreseen(study: Any, store: Any) -> dict[str, Any]:
     """Check every trial that can be foreseen and add up what they will take."""
     from orchestrator.measure import scorers
-    from orchestrator.plan import shards, uncalibrated
+    from orchestrator.plan import companions, cut, missing, shards, uncalibrated
     from orchestrator.registries import searches
+    from tasks.recipe import Recipe
 
     artifacts: set[str] = set()
     total = {"trials": 0, "shards": 0, "samples": 0, "samples_to_make": 0, "nfe": 0, "reward_calls": 0}
     seen: set[tuple[str, int, int]] = set()
+    beside: dict[str, list[tuple[int, int]]] = {}  # companion rows that are counted already
+    companion_rows = 0
     columns = scorers(study.metrics)
     for proposal in searches.build(study.search).start(study.context()).preview():
         trial = study.trial(total["trials"], proposal)
@@ -75,13 +78,21 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
         strategy = trial.recipe.parts.strategy
         artifacts.update(uncalibrated(trial.recipe, store))
         total["shards"] += len(work)
+        ahead = companions(trial.recipe, columns, trial.first_index, trial.stop, study.shard_size, store)
+        for piece in ahead.pieces:
+            have = beside.setdefault(piece.key, [])
+            for start, stop in missing(piece.start, piece.stop, sorted(have)):
+                have.append((start, stop))
+                total["shards"] += sum(1 for _ in cut(start, stop, study.shard_size))
+                total["nfe"] += (stop - start) * Recipe(**piece.recipe).nfe
+                companion_rows += stop - start
         for piece in work.pieces:
             if piece.rows:
                 count = piece.stop - piece.start
                 total["samples_to_make"] += count
                 total["nfe"] += count * trial.recipe.nfe
                 total["reward_calls"] += count * strategy.particles * strategy.uses_reward
-    return total | {"calibrations": len(artifacts)}
+    return total | {"companions": companion_rows, "calibrations": len(artifacts)}
 
 
 def run(args: Any) -> int:
@@ -101,7 +112,7 @@ def run(args: Any) -> int:
     store = Store(study.root)
     results = Results(study.root, study.name)
     foreseen = _foreseen(study, store)
-    if foreseen["samples_to_make"]:
+    if foreseen["samples_to_make"] or foreseen["companions"]:
         from tasks.run import load_model
 
         load_model(study.recipe)
@@ -113,7 +124,9 @@ def run(args: Any) -> int:
         signal.signal(signal.SIGTERM, _end)
     executor = executors.build(study.config["executor"]).start()
     tracker = trackers.build(study.config["tracker"]).start(study)
-    watch = Progress(foreseen["samples"], report=lambda numbers: results.save_state("running", numbers))
+    watch = Progress(
+        foreseen["samples"] + foreseen["companions"], report=lambda numbers: results.save_state("running", numbers)
+    )
     trials: list[Any] = []
     finished = False
     try:
@@ -179,7 +192,7 @@ def plan(args: Any) -> int:
         "device_s": round(seconds, 1),
         "wall_s": round(seconds / workers, 1),
         "money": round(seconds / 3600 * study.price_per_device_hour, 4),
-        "disk_bytes": total["samples_to_make"] * row_bytes,
+        "disk_bytes": (total["samples_to_make"] + total["companions"]) * row_bytes,
     }
     text = (
         f"{study.name}: {study.question or 'no question given'}\n"
@@ -187,6 +200,7 @@ def plan(args: Any) -> int:
         f"  samples         {total['samples']:,}, of which the store has "
         f"{total['samples'] - total['samples_to_make']:,}\n"
         f"  shards to run   {total['shards']:,}\n"
+        f"  companions      {total['companions']:,} samples of other recipes to make first, to compare with\n"
         f"  calibrations    {total['calibrations']:,} to make first, whose cost is not foreseen\n"
         f"  evaluations     {total['nfe']:,} of the network, {total['reward_calls']:,} of rewards inside strategies\n"
         f"  device-seconds  about {data['device_s']:,} (timed here), {data['wall_s']:,} on {workers} worker(s)\n"

@@ -13,13 +13,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from orchestrator import rows
 from orchestrator.plan import ARTIFACTS, Shard
-from orchestrator.store import Store
+from orchestrator.store import CorruptShard, Store
 from tasks import calibration, run
 from tasks.recipe import Recipe
+from tasks.registry import Spec
 
 
 @lru_cache(maxsize=8)
@@ -153,9 +155,10 @@ def score(shard: Shard, made: Made) -> dict[str, Any]:
     store, recipe, cost = _store(shard.root), Recipe(**shard.recipe), dict(made["cost"])
     samples, labels = rows.as_stored(made["columns"]["x0"], recipe.parts.model.kind), made["columns"]["label"]
     for scorer in shard.scorers:
+        companion = _companion(shard, recipe, scorer, store)
         with _DEVICE:
             began = time.perf_counter()
-            values = run.score(scorer, samples, labels, shard.start, recipe.batch_size, recipe.device)
+            values = run.score(scorer, samples, labels, shard.start, recipe.batch_size, recipe.device, companion)
             seconds = time.perf_counter() - began
         cost["score_s"] += seconds
         cost["scored"] += len(values)
@@ -163,6 +166,22 @@ def score(shard: Shard, made: Made) -> dict[str, Any]:
         table = rows.column_table(values, shard.start)
         store.put("columns", recipe.column_key(scorer), shard.start, shard.stop, table, ledger, origin())
     return cost
+
+
+def _companion(shard: Shard, recipe: Recipe, scorer: Spec, store: Store) -> np.ndarray | None:
+    """The samples that a scorer compares the shard's with, from the store; None where it compares with none.
+
+    Raises:
+        CorruptShard: they are damaged, or gone since the plan saw them.
+    """
+    other = recipe.companion(scorer)
+    if other is None:
+        return None
+    try:
+        table = pa.concat_tables(store.read("rows", other.key, shard.start, shard.stop))
+    except KeyError as error:  # another worker found them damaged and withdrew them
+        raise CorruptShard(f"companions of shard {shard.name} are gone and will be made again: {error}") from None
+    return rows.samples(table, other.parts.model.shape)
 
 
 def perform(shard: Shard) -> dict[str, Any]:

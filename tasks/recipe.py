@@ -304,9 +304,20 @@ class Recipe:
             }
         )
 
+    def companion(self, scorer: Spec) -> Recipe | None:
+        """The recipe whose rows of the same indices a scorer compares these rows with; None where it needs no others.
+
+        Raises:
+            ValueError: the two cannot be compared row by row.
+        """
+        plugin = registry.scorer(scorer)
+        return plugin.companion(self) if hasattr(plugin, "companion") else None
+
     def column_key(self, scorer: Spec) -> str:
-        """Content key of one scorer's column over these rows."""
-        return digest({"rows": self.key, "scorer": scorer_identity(scorer)})
+        """Content key of one scorer's column over these rows, and over their companions where it has some."""
+        other = self.companion(scorer)
+        more = {} if other is None else {"companion": other.key}
+        return digest(more | {"rows": self.key, "scorer": scorer_identity(scorer)})
 
 
 @dataclass(frozen=True)

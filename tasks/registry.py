@@ -6,6 +6,7 @@ import difflib
 import importlib
 import math
 import pkgutil
+import threading
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ class Registry:
         self.kind, self.packages = kind, packages
         self._classes: dict[str, type] = {}
         self._loaded = False
+        self._lock = threading.RLock()  # two tasks of one worker may ask first at the same time
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator: make a frozen dataclass known under ``name``."""
@@ -48,8 +50,10 @@ class Registry:
         return add
 
     def _load(self) -> None:
-        if not self._loaded:
-            self._loaded = True
+        with self._lock:
+            if self._loaded:
+                return
+            self._loaded = True  # modules that are being imported may ask too
             for name in self.packages:
                 package = importlib.import_module(name)
                 for module in pkgutil.iter_modules(getattr(package, "__path__", [])):

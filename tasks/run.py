@@ -134,17 +134,30 @@ def generate(
 
 
 def score(
-    scorer: Spec, samples: np.ndarray, labels: np.ndarray, start: int, batch_size: int, device: str
+    scorer: Spec,
+    samples: np.ndarray,
+    labels: np.ndarray,
+    start: int,
+    batch_size: int,
+    device: str,
+    companion: np.ndarray | None = None,
 ) -> np.ndarray:
     """One scorer over the rows [start, start + len(samples)): (B,) or (B, D) float32.
 
-    Batches are laid out by absolute index too, with empty places where rows are missing.
+    Batches are laid out by absolute index too, with empty places where rows are missing. ``companion`` holds the
+    samples of the companion recipe at the same indices, for scorers that have one.
 
     Raises:
-        ValueError: a value that is not finite, with its index.
+        ValueError: a value that is not finite, with its index; or companions that are missing.
     """
     use_one_thread()
     plugin = registry.scorer(scorer)
+    if hasattr(plugin, "companion") and (companion is None or companion.shape != samples.shape):
+        found = "none" if companion is None else f"some of shape {companion.shape}"
+        raise ValueError(
+            f"scorer {scorer['name']} compares every sample with its companion's, {samples.shape}, but got {found}. "
+            "It serves the metric trajectory alone."
+        )
     pieces = []
     stop = start + len(samples)
     with torch.no_grad():
@@ -153,7 +166,12 @@ def score(
             cond = np.zeros(batch_size, dtype=np.int64)
             batch[low - first : high - first] = samples[low - start : high - start]
             cond[low - first : high - first] = np.maximum(labels[low - start : high - start], 0)
-            values = plugin(torch.from_numpy(batch).to(device), torch.from_numpy(cond).to(device))
+            given = [torch.from_numpy(batch).to(device), torch.from_numpy(cond).to(device)]
+            if companion is not None:
+                other = np.zeros((batch_size, *companion.shape[1:]), dtype=companion.dtype)
+                other[low - first : high - first] = companion[low - start : high - start]
+                given.append(torch.from_numpy(other).to(device))
+            values = plugin(*given)
             pieces.append(values[low - first : high - first].cpu().numpy())
     column = np.concatenate(pieces).astype(np.float32)
     bad = ~np.isfinite(column).reshape(len(column), -1).all(axis=1)

@@ -118,7 +118,11 @@ class Strategy(Protocol):
 
 
 class Scorer(Protocol):
-    """One more column: ``(samples, cond) -> (B,)`` for a reward, ``(B, D)`` for features."""
+    """One more column: ``(samples, cond) -> (B,)`` for a reward, ``(B, D)`` for features.
+
+    Features that compare a row with the row of another recipe at the same index also have ``companion(recipe)``, that
+    recipe, and are called with its samples as a third argument.
+    """
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor: ...
 

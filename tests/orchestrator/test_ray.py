@@ -110,6 +110,17 @@ def test_calibrations_run_on_the_workers_once_and_give_the_rows_of_this_process(
     assert launch(study, two).ledger.spent["nfe"] == 0
 
 
+def test_companion_rows_are_made_on_the_workers_once_and_give_the_values_of_this_process(
+    make_study: Callable, launch: Callable, tmp_path: Path, two: Any
+) -> None:
+    search, metrics = {"name": "grid", "space": {"nfe": [3, 5, 8]}}, [{"name": "trajectory", "num_steps": 20}]
+    here = launch(make_study(metrics=metrics, search=search, root=str(tmp_path / "here")))
+    there = launch(make_study(metrics=metrics, search=search, root=str(tmp_path / "there"), shard_size=11), two)
+    assert [(trial.state, trial.reason) for trial in there.trials] == [("complete", "")] * 3
+    assert [(t.values, t.errors) for t in there.trials] == [(t.values, t.errors) for t in here.trials]
+    assert there.ledger.spent["nfe"] == here.ledger.spent["nfe"] == 32 * (20 + 3 + 5 + 8)
+
+
 def test_results_come_back_each_to_its_own_future(two: Any) -> None:
     futures = [two.submit(lambda n: n * n, n) for n in range(20)]
     assert [future.result(30) for future in futures] == [n * n for n in range(20)]

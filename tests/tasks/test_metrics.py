@@ -29,6 +29,7 @@ def rows_of(count, seed=0):
         "class_correct": (rng.random(count) < 0.8).astype(np.float32),
         "classifier": rng.normal(2.0, 1.0, (count, DIM)).astype(np.float32),
         "identity": rng.normal(1.0, 1.0, (count, DIM)).astype(np.float32),
+        "trajectory_distance": rng.exponential(0.1, (count, 1)).astype(np.float32),
     }
 
 
@@ -73,6 +74,7 @@ SPECS = [
     {"name": "class_accuracy"},
     {"name": "cost"},
     {"name": "total_variation"},
+    {"name": "trajectory"},
 ]
 EVERY = pytest.mark.parametrize("spec", SPECS, ids=lambda s: "-".join(str(v) for v in s.values()))
 ROWS, TOKENS = rows_of(120), tokens_of(120, np.full(8, 1 / 8))

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ UNUSUAL = [
     ("metric", {"name": "frechet", "features": "identity"}),
     ("metric", {"name": "kid", "features": "identity", "max_samples": 12}),
     ("metric", {"name": "mean_reward", "reward": "ink"}),
+    ("metric", {"name": "trajectory", "solver": {"name": "heun"}, "num_steps": 9, "times": {"name": "karras"}}),
+    ("features", {"name": "trajectory_distance", "num_steps": 9, "times": {"name": "explicit", "values": [1.0, 0.0]}}),
 ]
 
 
@@ -156,7 +159,8 @@ def test_a_reward_gives_one_number_per_sample(name):
 @pytest.mark.parametrize("name", registry.features.names())
 def test_features_are_as_long_as_they_say(name):
     extractor = registry.features.build(name)
-    values = extractor(torch.linspace(-1, 1, 5 * 64).view(5, 1, 8, 8), None)
+    companion = [torch.zeros(5, 1, 8, 8)] if hasattr(extractor, "companion") else []
+    values = extractor(torch.linspace(-1, 1, 5 * 64).view(5, 1, 8, 8), None, *companion)
     assert values.shape == (5, extractor.dim((1, 8, 8)))
 
 
@@ -288,6 +292,18 @@ def test_building_does_not_change_the_spec():
     described = registry.solvers.describe(plugin)
     described["config"]["solver_order"] = 1
     assert plugin.config == {"solver_order": 3}
+
+
+def test_a_registry_that_two_threads_ask_first_is_whole_for_both(tmp_path, monkeypatch):
+    package = tmp_path / "slow_plugins"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text("import time\ntime.sleep(0.2)\nregistry.register('one')(type('One', (), {}))\n")
+    fresh = registry.Registry("thing", "slow_plugins")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("builtins.registry", fresh, raising=False)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: fresh.names(), range(2))) == [["one"], ["one"]]
 
 
 def test_a_name_cannot_be_registered_twice():

@@ -378,12 +378,13 @@ def test_scores_do_not_depend_on_how_the_range_is_split(name):
     rng = np.random.default_rng(0)
     samples = rng.uniform(-1, 1, (40, 1, 8, 8)).astype(np.float32)
     labels = np.arange(40) % 10
-    whole = score({"name": name}, samples, labels, 5, 16, "cpu")
+    others = rng.uniform(-1, 1, samples.shape) if hasattr(registry.scorer({"name": name}), "companion") else None
+    whole = score({"name": name}, samples, labels, 5, 16, "cpu", others)
     assert len(whole) == 40
     assert whole.dtype == np.float32
     for edges in ([0, 11, 27, 40], [0, 1, 12, 39, 40]):
         pieces = [
-            score({"name": name}, samples[a:b], labels[a:b], 5 + a, 16, "cpu")
+            score({"name": name}, samples[a:b], labels[a:b], 5 + a, 16, "cpu", None if others is None else others[a:b])
             for a, b in zip(edges, edges[1:], strict=False)
         ]
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
