@@ -1,0 +1,388 @@
+"""Does a search pay: better schedules than the published ones, for a fraction of the evaluations, on fresh seeds.
+
+    python -m benchmarks.search [--part quality|trajectory|tpe|predictor|dynamic|overhead] [--model NAME] [--nfe 3,4]
+                                [--seeds 5] [--keep DIR] [--only-kept] [--quick] [--json]
+
+Everything runs through studies as a user would write them. ``--keep DIR`` holds what was measured, one JSON line a cell
+beside the studies themselves, so that a run which was stopped goes on where it was and two processes may share the work
+(``--model`` divides it). The figures are medians over seeds and models; a seed changes the search and its samples.
+
+excess_ratio_nfeN        held-out Fréchet distance of the searched schedule above the model's many-step value, over the
+                         same of the best stock schedule (every preset with every stock grid)
+trajectory_ratio_nfeN    held-out root mean square distance to the many-step solution, searched over best stock
+evaluations_vs_tpe       evaluations until the search holds a schedule as good, on held-out samples, as plain TPE (fresh
+                         samples and all of them for every trial, no baselines) has after 200 trials, over TPE's
+predictor_rank_correlation  Spearman, between predicted and true quality of schedules the predictor has not seen
+predictor_saving         evaluations of the predictor-guided evolution over those of the same without predictor, to the
+                         same quality
+trial_overhead_ms        ask, plan, tell and track of a trial, SQLite, 10 parameters, 500 trials, rows already there
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Figure, arguments, commit, publish
+from orchestrator import config
+from orchestrator.executors.local import LocalExecutor
+from orchestrator.ledger import Ledger
+from orchestrator.measure import measure, scorers
+from orchestrator.plan import shards
+from orchestrator.progress import Progress
+from orchestrator.registries import searches, trackers
+from orchestrator.results import Results
+from orchestrator.store import Store
+from orchestrator.study import run as run_study
+from orchestrator.worker import perform
+
+MODELS = ("digits", "digits_flow", "gmm")
+NFES = (3, 4, 5, 6, 8)
+FRECHET, TRAJECTORY = "quality/frechet", "quality/trajectory_error"
+HELD_OUT = 4096
+RACING = "{start: 256, factor: 2.0, error: 0.2, margin: 0.05}"
+
+
+class Kept:
+    """Measured cells in a file, so that a run can be stopped and go on."""
+
+    def __init__(self, folder: Path, only: bool) -> None:
+        self.folder, self.only = folder, only
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "cells.jsonl"
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every cell."""
+        if not self._file.exists():
+            return []
+        return [json.loads(line) for line in self._file.read_text().splitlines() if line]
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The cell of a key."""
+        return next((c for c in self.all() if all(c.get(k) == v for k, v in key.items())), None)
+
+    def add(self, cell: dict[str, Any]) -> dict[str, Any]:
+        """Keep one more."""
+        with self._file.open("a") as file:
+            file.write(json.dumps(cell) + "\n")
+        return cell
+
+
+def prepared(root: Path, *overrides: str, tracker: str = "none") -> Any:
+    """A study as the command line would compose it."""
+    return config.study(config.compose([*overrides, f"root={root}", f"tracker={tracker}"]))
+
+
+def carry_out(study: Any, tracker: str = "none") -> list[Any]:
+    """Run or continue a study in this process; its trials."""
+    store, results, trials = Store(study.root), Results(study.root, study.name), []  # type: ignore[var-annotated]
+    results.save_study(study)
+    mirror = trackers.build(tracker).start(study)
+    watch = Progress(stream=io.StringIO())
+    results.save_search(run_study(study, LocalExecutor(), store, mirror, watch, Ledger(), trials))
+    results.save_trials(trials)
+    mirror.close({}, [])
+    return trials
+
+
+def run(root: Path, *overrides: str) -> list[dict[str, Any]]:
+    """One study, run or continued; its trial table."""
+    study = prepared(root, *overrides)
+    carry_out(study)
+    return Results(study.root, study.name).trials()
+
+
+def metric_of(model: str, objective: str) -> str:
+    """The metrics of a study of a model."""
+    if objective == TRAJECTORY:
+        return "metrics=[trajectory]"
+    return "metrics=[{name: frechet, features: identity}]" if model == "gmm" else "metrics=[frechet]"
+
+
+def common(model: str, seed: int, objective: str) -> list[str]:
+    """What every study of a cell shares."""
+    fit = ["model.fit=digits"] if model == "gmm" else []
+    return [f"model={model}", *fit, f"seed={seed}", metric_of(model, objective), "shard_size=1024"]
+
+
+def searched(model: str, nfe: int, seed: int, objective: str, trials: int, root: Path, full: int) -> dict[str, Any]:
+    """The search and its answer on held-out samples."""
+    racing = f"search.racing={RACING if objective == FRECHET else '{}'}"
+    rows = run(
+        root, *common(model, seed, objective), *search_of(trials), "space=schedule",
+        f"search.objective={objective}", racing, f"search.held_out={HELD_OUT if objective == FRECHET else 512}",
+        f"num_samples={full}", f"nfe={nfe}", "solver=dpmpp_2m", f"name=search-{objective[8:12]}-{model}-{nfe}-{seed}",
+    )  # fmt: skip
+    held = [row for row in rows if row["part"].endswith("held_out")]
+    mine = next((row for row in held if not row["baseline"]), held[0])
+    known = next((row for row in held if row["baseline"]), held[0])
+    inner = [row for row in rows if row not in held]
+    return {
+        "searched": mine[f"value/{objective}"],
+        "stock": known[f"value/{objective}"],
+        "stock_name": known["baseline"],
+        "selection": next(row[f"value/{objective}"] for row in inner if row["key"] == mine["key"]),
+        "evaluations": sum(row["cost/nfe"] for row in {row["key"]: row for row in inner}.values()),
+        "trials": len(inner),
+    }
+
+
+def search_of(trials: int, name: str = "cmaes") -> list[str]:
+    """The algorithm."""
+    return [f"search={name}", f"search.num_trials={trials}", "search.part=search"]
+
+
+def many_step(model: str, seed: int, root: Path, kept: Kept) -> float:
+    """The model's own value in 64 steps, on the held-out samples."""
+    key = {"part": "many", "model": model, "seed": seed}
+    found = kept.find(**key)
+    if found is None:
+        grid = "quadratic" if model == "digits" else "uniform"
+        rows = run(
+            root, *common(model, seed, FRECHET), "solver=dpmpp_2m", "nfe=64", f"times={grid}",
+            f"num_samples={HELD_OUT}", f"first_index={2**30}", f"name=many-{model}-{seed}",
+        )  # fmt: skip
+        found = kept.add(key | {"value": rows[0][f"value/{FRECHET}"]})
+    return float(found["value"])
+
+
+def quality(models: Iterable[str], nfes: Iterable[int], seeds: int, kept: Kept, trials: int, full: int) -> None:
+    """The Fréchet cells."""
+    for seed in range(seeds):
+        for model in models:
+            root = kept.folder / model
+            many = many_step(model, seed, root, kept)
+            for nfe in nfes:
+                key = {"part": "quality", "model": model, "nfe": nfe, "seed": seed}
+                if kept.find(**key) is None:
+                    began = time.perf_counter()
+                    found = searched(model, nfe, seed, FRECHET, trials, root, full)
+                    kept.add(key | found | {"many": many, "seconds": round(time.perf_counter() - began, 1)})
+                    show(key, found | {"many": many})
+
+
+def trajectory(models: Iterable[str], nfes: Iterable[int], seeds: int, kept: Kept, trials: int) -> None:
+    """The trajectory cells: 256 samples are plenty, since every row has its own target."""
+    for seed in range(seeds):
+        for model in models:
+            for nfe in nfes:
+                key = {"part": "trajectory", "model": model, "nfe": nfe, "seed": seed}
+                if kept.find(**key) is None:
+                    found = searched(model, nfe, seed, TRAJECTORY, trials, kept.folder / model, 256)
+                    kept.add(key | found)
+                    show(key, found)
+
+
+def show(key: dict[str, Any], found: dict[str, Any]) -> None:
+    """One cell, as it is measured."""
+    values = {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
+    print(json.dumps(key | values), flush=True)
+
+
+# --- against plain TPE ------------------------------------------------------------------------------------------------
+
+
+@searches.register("fresh_samples")
+@dataclass(frozen=True)
+class FreshSamples:
+    """Another search whose trials each have samples of their own, as a script with a running seed gives them.
+
+    Args:
+        inner: spec of the search.
+        samples: of every trial.
+    """
+
+    inner: dict[str, Any] = field(default_factory=dict)
+    samples: int = 1024
+
+    def start(self, context: Any) -> _Fresh:
+        """The inner search."""
+        return _Fresh(searches.build(self.inner).start(context), self.samples)
+
+
+class _Fresh:
+    def __init__(self, inner: Any, samples: int) -> None:
+        self._inner, self._samples, self._asked = inner, samples, 0
+
+    def ask(self) -> Any:
+        """The inner search's, on the next samples."""
+        found = self._inner.ask()
+        if found is None:
+            return None
+        self._asked += 1
+        fresh = {"first_index": self._asked * self._samples}
+        return replace(found, overrides=dict(found.overrides) | fresh, handle=found)
+
+    def tell(self, proposal: Any, values: Any) -> None:
+        """To the inner search."""
+        self._inner.tell(proposal.handle, values)
+
+
+def held_out_value(recipe: Any, overrides: Mapping[str, Any], root: Path, metrics: list[Any]) -> float:
+    """The true quality of a schedule: on held-out samples, charged to nobody."""
+    store = Store(root)
+    found = recipe.override({k: v for k, v in overrides.items() if k not in ("num_samples", "first_index")})
+    span = (2**30, 2**30 + HELD_OUT)
+    for shard in shards(found, scorers(metrics), *span, 1024, store):
+        perform(shard)
+    return measure(found, metrics, *span, store)[0][FRECHET]
+
+
+def against_tpe(nfe: int, seeds: int, kept: Kept, trials: int, full: int, model: str = "digits_flow") -> None:
+    """Evaluations to the quality of plain TPE: our search with all it has, and TPE as people run it."""
+    for seed in range(seeds):
+        key = {"part": "tpe", "model": model, "nfe": nfe, "seed": seed}
+        if kept.find(**key) is not None:
+            continue
+        root = kept.folder / f"{model}-tpe"
+        base = [*common(model, seed, FRECHET), f"num_samples={full}", f"nfe={nfe}", "solver=dpmpp_2m"]
+        ours = prepared(root, *base, *search_of(trials), "space=schedule", "search.held_out=0", f"name=tpe-ours-{seed}")
+        tpe = {"name": "tpe", "space": ours.search["space"], "num_trials": trials, "held_out": 0, "part": "search"}
+        plain = replace(ours, name=f"tpe-plain-{seed}", search={"name": "fresh_samples", "inner": tpe, "samples": full})
+        tried = carry_out(plain)
+        best = min((t for t in tried if t.state == "complete"), key=lambda t: t.values[FRECHET])
+        target = held_out_value(ours.recipe, best.proposal.overrides, root, ours.metrics)
+        spent, reached, crown, value = 0.0, math.nan, math.inf, math.nan
+        seen: dict[str, float] = {}
+        for trial in carry_out(ours):
+            spent += trial.cost["nfe"] - seen.get(trial.recipe.key, 0.0)
+            seen[trial.recipe.key] = trial.cost["nfe"]
+            if trial.stopped or trial.values[FRECHET] >= crown or not math.isnan(reached):
+                continue
+            crown = trial.values[FRECHET]
+            value = held_out_value(ours.recipe, trial.proposal.overrides, root, ours.metrics)
+            reached = spent if value <= target else math.nan
+        cell = {"target": target, "value": value, "plain": sum(t.cost["nfe"] for t in tried), "ours": reached}
+        show({}, kept.add(key | cell | {"spent": spent}))
+
+
+# --- the predictor ----------------------------------------------------------------------------------------------------
+
+# --- overhead ---------------------------------------------------------------------------------------------------------
+
+
+def overhead(num_trials: int) -> list[Figure]:
+    """A study of trials whose rows are there already: what is left is asking, planning, telling and tracking."""
+    space = {f"times.ratios.{i}": {"low": 0.1, "high": 0.9} for i in range(10)}
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [
+            "model=gmm", "solver=ddim", "times=ratios", f"times.ratios={[0.5] * 10}", "metrics=[]", "num_samples=8",
+            "batch_size=8", "name=overhead", f"root={folder}",
+        ]  # fmt: skip
+        spec = {"name": "random", "space": space, "num_trials": num_trials, "objective": "cost/nfe", "held_out": 0}
+        seconds = {}
+        for tracked in ("mlflow", "none"):
+            study = prepared(Path(folder), *lines, tracker=tracked)
+            study = replace(study, name=f"overhead-{tracked}", search=spec | {"part": tracked})
+            began = time.perf_counter()
+            made = carry_out(study, tracked)
+            work = sum(t.cost["generate_s"] for t in made)
+            seconds[tracked] = (time.perf_counter() - began - work) / num_trials
+    return [
+        Figure("trial_overhead_ms", 1e3 * seconds["mlflow"], "ms", "lower", "<= 100"),
+        Figure("trial_overhead_untracked_ms", 1e3 * seconds["none"], "ms", "lower"),
+    ]
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
+
+
+def figures(kept: Kept) -> list[Figure]:
+    """Medians over seeds and models of what was measured."""
+    found: list[Figure] = []
+    wanted = {3: 0.85, 4: 0.3, 5: 0.3, 6: 0.4}
+    cells = kept.all()
+    for nfe in NFES:
+        ratios = [r for c in cells if c["part"] == "quality" and c["nfe"] == nfe if (r := excess(c)) is not None]
+        if ratios:
+            limit = f"<= {wanted[nfe]}" if nfe in wanted else ""
+            found.append(Figure(f"excess_ratio_nfe{nfe}", statistics.median(ratios), "ratio", "lower", limit))
+    for nfe in (5, 8):
+        errors = [c["searched"] / c["stock"] for c in cells if c["part"] == "trajectory" and c["nfe"] == nfe]
+        if errors:
+            found.append(Figure(f"trajectory_ratio_nfe{nfe}", statistics.median(errors), "ratio", "lower", "<= 0.6"))
+    tpe = [c["ours"] / c["plain"] if math.isfinite(c["ours"]) else math.inf for c in cells if c["part"] == "tpe"]
+    if tpe:
+        found.append(Figure("evaluations_vs_tpe", statistics.median(tpe), "ratio", "lower", "<= 0.2"))
+    return found
+
+
+def excess(cell: dict[str, Any]) -> float | None:
+    """Searched over stock excess; None where the best stock schedule has none: it is as good as many steps."""
+    above = cell["stock"] - cell["many"]
+    return (cell["searched"] - cell["many"]) / above if above > 0.05 * cell["many"] else None
+
+
+def table(kept: Kept) -> None:
+    """The cells as Markdown: medians over seeds."""
+    cells = kept.all()
+    for part, title in (("quality", "Fréchet distance, held out"), ("trajectory", "trajectory error, held out")):
+        mine = [c for c in cells if c["part"] == part]
+        if not mine:
+            continue
+        print(f"\n### {title}, medians over seeds\n")
+        heads = "model", "evaluations", "best stock", "searched", "searched / stock", "many steps", "excess ratio"
+        print("| " + " | ".join([*heads, "best stock is"]) + " |")
+        print("|---|---|---|---|---|---|---|---|")
+        for model in MODELS:
+            for nfe in NFES:
+                group = [c for c in mine if (c["model"], c["nfe"]) == (model, nfe)]
+                if not group:
+                    continue
+                middle = {k: statistics.median(c[k] for c in group) for k in ("stock", "searched")}
+                each = statistics.median(c["searched"] / c["stock"] for c in group)
+                ratios = [r for c in group if (r := excess(c)) is not None] if part == "quality" else []
+                many = f"{statistics.median(c['many'] for c in group):.2f}" if part == "quality" else "0"
+                over = f"{statistics.median(ratios):.2f} ({len(ratios)} of {len(group)})" if ratios else "–"
+                names = statistics.mode(c["stock_name"].rsplit(",", 1)[0] for c in group)
+                shown = [model, nfe, f"{middle['stock']:.4g}", f"{middle['searched']:.4g}", f"{each:.2f}", many, over]
+                print("| " + " | ".join(map(str, [*shown, names])) + " |")
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    from tasks.run import use_one_thread
+
+    use_one_thread()
+    args = arguments(
+        __doc__ or "",
+        ("--part", {"choices": PARTS, "help": "measure only this"}),
+        ("--model", {"choices": list(MODELS), "help": "only this model"}),
+        ("--nfe", {"help": "numbers of evaluations, for example 3,4"}),
+        ("--seeds", {"type": int, "default": 5, "help": "seeds of every cell (default 5)"}),
+        ("--trials", {"type": int, "default": 100, "help": "proposals of a search (default 100)"}),
+        ("--keep", {"help": "folder that keeps studies and cells"}),
+        ("--only-kept", {"action": "store_true", "help": "print what the folder has, measure nothing"}),
+    )
+    folder = Path(args.keep) if args.keep else Path(tempfile.mkdtemp(prefix="solvus-search-"))
+    kept = Kept(folder, args.only_kept)
+    models = [args.model] if args.model else list(MODELS)
+    nfes = tuple(int(n) for n in args.nfe.split(",")) if args.nfe else (4,) if args.quick else None
+    seeds, trials, full = (1, 20, 512) if args.quick else (args.seeds, args.trials, 1024)
+    parts = [] if args.only_kept else [args.part] if args.part else list(PARTS)
+    more: list[Figure] = []
+    if "overhead" in parts:
+        more += overhead(50 if args.quick else 500)
+    if "trajectory" in parts:
+        trajectory(models, nfes or (5, 8), seeds, kept, trials)
+    if "quality" in parts:
+        quality(models, nfes or (3, 4, 5, 6), seeds, kept, trials, full)
+    if "tpe" in parts:
+        against_tpe(4, seeds, kept, 20 if args.quick else 200, full)
+    table(kept)
+    print(f"\ncommit {commit()}")
+    publish([*figures(kept), *more] or [Figure("cells", len(kept.all()), "cells", "higher")], args.json)
+
+
+PARTS = ("overhead", "trajectory", "quality", "tpe")
+
+if __name__ == "__main__":
+    main()
