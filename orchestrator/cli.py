@@ -65,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
     gc.add_argument("--older-than-s", type=float, default=3600.0, metavar="SECONDS",
                     help="spare younger files, which a worker may be about to commit (default 3600)")  # fmt: skip
+    gc.add_argument(
+        "--states", action="store_true", help="also drop all states that trials with equal beginnings share"
+    )
     gc.add_argument("--release", action="store_true", help="also take rows out of quarantine, to try them again")
     chaos = verb("chaos", "inject faults into a small study and show that nothing is lost, doubled or changed")
     chaos.add_argument("--faults", type=int, default=220, help="faults without a cluster (default 220)")

@@ -25,6 +25,7 @@ FILES = ("study", "cluster", "space")  # groups whose members are YAML files
 VALUES = (
     "name", "question", "nfe", "schedule", "metrics", "labels", "num_samples", "first_index", "batch_size",
     "shard_size", "seed", "dtype", "device", "root", "storage", "price_per_device_hour",
+    "reuse_gib",
 )  # fmt: skip
 
 
@@ -243,6 +244,11 @@ def study(data: dict[str, Any]) -> Study:
     price = data["price_per_device_hour"]
     if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < float("inf"):
         raise ValueError(f"price_per_device_hour must be a number of at least 0, got {price!r}.")
+    reuse = data.get("reuse_gib", 0.0)
+    if isinstance(reuse, bool) or not isinstance(reuse, int | float) or not 0 <= reuse < float("inf"):
+        raise ValueError(f"reuse_gib must be a number of at least 0, got {reuse!r}.")
+    if reuse and is_remote(root_of(data)):
+        raise ValueError(f"reuse_gib={reuse} needs a root that is a folder, got {data['root']}. Set reuse_gib=0.")
     for group in ("executor", "tracker"):
         EVERY[group].build(data[group])
     metrics = data["metrics"] or []
@@ -263,5 +269,6 @@ def study(data: dict[str, Any]) -> Study:
         question=str(data["question"]),
         price_per_device_hour=float(price),
         storage=data["storage"],
+        reuse_gib=float(reuse),
         config=data,
     )

@@ -21,7 +21,15 @@ class Ledger:
 
     price_per_device_hour: float = 0.0
     spent: dict[str, float] = field(
-        default_factory=lambda: {"rows": 0, "nfe": 0, "reward_calls": 0, "generate_s": 0.0, "score_s": 0.0, "scored": 0}
+        default_factory=lambda: {
+            "rows": 0,
+            "nfe": 0,
+            "nfe_reused": 0,
+            "reward_calls": 0,
+            "generate_s": 0.0,
+            "score_s": 0.0,
+            "scored": 0,
+        }
     )
 
     def add(self, cost: Mapping[str, Any]) -> None:
@@ -41,7 +49,7 @@ class Ledger:
 
     def cost_of(self, recipe: Recipe, start: int, stop: int, store: Store) -> dict[str, float]:
         """What the rows [start, stop) cost whoever made them, from their commit records, in proportion."""
-        total = {"nfe": 0.0, "reward_calls": 0.0, "generate_s": 0.0}
+        total = {"nfe": 0.0, "nfe_reused": 0.0, "reward_calls": 0.0, "generate_s": 0.0}
         for record in store.committed("rows", recipe.key):
             share = max(0, min(stop, record.stop) - max(start, record.start)) / record.rows
             for name in total:

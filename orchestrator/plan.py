@@ -25,6 +25,7 @@ class Shard:
         key: the recipe's key as the plan knew it; a worker that finds another one refuses.
         isolated: whether the rows are made without their neighbours, to find the one that kills its worker.
         calibrates: whether this is no range of rows but the artifacts that the recipe needs first.
+        reuse_bytes: bound of the cache of states that trials share; 0 keeps none.
     """
 
     recipe: dict[str, Any]
@@ -36,6 +37,7 @@ class Shard:
     key: str
     isolated: bool = False
     calibrates: bool = False
+    reuse_bytes: int = 0
 
     def halves(self) -> tuple[Shard, Shard]:
         """The two halves of a range of two rows or more, isolated."""
@@ -114,7 +116,9 @@ class Work:
         return sum(piece.stop - piece.start for piece in self.pieces if piece.rows)
 
 
-def shards(recipe: Recipe, scorers: list[Spec], start: int, stop: int, size: int, store: Store) -> Work:
+def shards(
+    recipe: Recipe, scorers: list[Spec], start: int, stop: int, size: int, store: Store, reuse_bytes: int = 0
+) -> Work:
     """The shards that a trial still needs, in index order.
 
     Args:
@@ -135,7 +139,7 @@ def shards(recipe: Recipe, scorers: list[Spec], start: int, stop: int, size: int
         need_rows = _inside(low, row_gaps)
         need = tuple(spec for spec, gaps in column_gaps if _inside(low, gaps))
         if need_rows or need:
-            pieces.append(Shard(data, low, high, need_rows, need, store.root, recipe.key))
+            pieces.append(Shard(data, low, high, need_rows, need, store.root, recipe.key, reuse_bytes=reuse_bytes))
     return Work(tuple(pieces), size)
 
 

@@ -45,6 +45,7 @@ class Study:
         shard_size: samples of one unit of work.
         root: where everything is written.
         question: what the study is to answer, for people.
+        reuse_gib: bound of the states that trials with equal beginnings share; 0 keeps none.
         config: the composed configuration, as it was given.
     """
 
@@ -59,6 +60,7 @@ class Study:
     question: str = ""
     price_per_device_hour: float = 0.0
     storage: str | None = None
+    reuse_gib: float = 0.0
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -323,7 +325,7 @@ class _Loop:
         trial.rounds = 0
         trial.attempts += 1
         self._keep(trial.recipe.key, asdict(trial.recipe))
-        work = shards(trial.recipe, needs, *span)
+        work = shards(trial.recipe, needs, *span, int(self.study.reuse_gib * 2**30))
         self._queue(trial, work)
         if not work:
             self.finish(trial)

@@ -96,10 +96,17 @@ def verify(args: Any) -> int:
 
 def gc(args: Any) -> int:
     """``solvus gc``."""
+    from orchestrator.files import is_remote
     from orchestrator.store import Store
 
     root, _ = root_and_name(args)
     removed = Store(root, create=False).collect_garbage(args.older_than_s, args.dry_run, args.release)
+    if args.states and not is_remote(root):
+        from orchestrator.states import StateCache
+
+        files, size = StateCache(root, 0).clear(args.dry_run)
+        removed["files"] += files
+        removed["bytes"] += size
     done = "would go" if args.dry_run else "gone"
     text = f"{removed['files']:,} orphans, {removed['bytes'] / 1e6:,.1f} MB {done}; {removed['released']} rows released"
     emit(args, removed, text)

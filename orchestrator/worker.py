@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from orchestrator import rows
 from orchestrator.plan import ARTIFACTS, Shard
+from orchestrator.states import StateCache
 from orchestrator.store import CorruptShard, Store
 from tasks import calibration, run
 from tasks.recipe import Recipe
@@ -53,6 +54,13 @@ _DEVICE = threading.Lock()
 Made = dict[str, Any]
 
 
+def _nothing() -> dict[str, float]:
+    """The cost of a shard before anything was done."""
+    return {
+        "rows": 0, "nfe": 0, "nfe_reused": 0, "reward_calls": 0, "generate_s": 0.0, "score_s": 0.0, "scored": 0,
+    }  # fmt: skip
+
+
 def _recipe(shard: Shard) -> Recipe:
     """The shard's recipe.
 
@@ -79,16 +87,21 @@ def _trace(shard: Shard) -> None:
 def generate(shard: Shard) -> Made:
     """Stage 1, on the accelerator: the shard's columns, and what they cost. Reads them if they are there already."""
     store, recipe = _store(shard.root), _recipe(shard)
-    cost = {"rows": 0, "nfe": 0, "reward_calls": 0, "generate_s": 0.0, "score_s": 0.0, "scored": 0}
+    cost = _nothing()
     if shard.rows:
         with _DEVICE:
             began = time.perf_counter()
             _trace(shard)
             found: dict[str, Any] = {"artifacts": artifacts(recipe, store)} if recipe.calibrations else {}
+            states = StateCache(shard.root, shard.reuse_bytes) if shard.reuse_bytes else None
+            if states is not None:
+                found["states"] = states
             columns = run.generate(recipe, shard.start, shard.stop, shard.isolated, **found)
             cost["generate_s"] = time.perf_counter() - began
         cost["rows"] = shard.stop - shard.start
-        cost["nfe"], cost["reward_calls"] = int(columns["nfe"].sum()), int(columns["reward_calls"].sum())
+        cost["nfe_reused"] = 0 if states is None else states.reused
+        cost["nfe"] = int(columns["nfe"].sum()) - cost["nfe_reused"]
+        cost["reward_calls"] = int(columns["reward_calls"].sum())
     else:
         table = pa.concat_tables(store.read("rows", recipe.key, shard.start, shard.stop))
         columns = {"x0": rows.samples(table, recipe.parts.model.shape), "label": rows.to_numpy(table["label"])}
@@ -117,7 +130,7 @@ def artifacts(recipe: Recipe, store: Store) -> dict[str, Any]:
 def calibrate(shard: Shard) -> dict[str, Any]:
     """Make the artifacts that a recipe needs and the store lacks; each is kept with its origin and its cost."""
     store, recipe = _store(shard.root), _recipe(shard)
-    cost = {"rows": 0, "nfe": 0, "reward_calls": 0, "generate_s": 0.0, "score_s": 0.0, "scored": 0}
+    cost = _nothing()
     parts = recipe.parts
     for needed in recipe.calibrations:
         is_file = needed.key.startswith("file:")

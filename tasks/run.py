@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from tasks import calibration, registry
 from tasks.noise import MAX_INDEX, RowNoise
+from tasks.prefixes import Resume, States, keys
 from tasks.recipe import Recipe, canonical, grid_of
 from tasks.registry import Spec
 from tasks.sampler import CountedModel, CountedReward, Sampler
@@ -62,6 +64,7 @@ def generate(
     isolated: bool = False,
     progress: Callable[[int], None] | None = None,
     artifacts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    states: States | None = None,
 ) -> dict[str, np.ndarray]:
     """Make the rows [start, stop) of a recipe.
 
@@ -73,6 +76,7 @@ def generate(
             crashes its process cannot take its neighbours with it.
         progress: called with the number of rows done after every block.
         artifacts: the recipe's calibrations by key; made here when left out.
+        states: where trajectories that begin alike leave their states; each row is the same with and without.
 
     Returns:
         columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``seconds``, ``x0``
@@ -89,6 +93,7 @@ def generate(
     grid, stock_steps = grid_of(parts)
     base = load_model(recipe)
     size = rows_per_block(recipe)
+    prefixes = () if states is None or isolated else keys(recipe)
     pieces: list[dict[str, np.ndarray]] = []
     for first, low, high in blocks(start, stop, size):
         began = time.perf_counter()
@@ -103,6 +108,8 @@ def generate(
             assert recipe.reward is not None
             reward = CountedReward(parts.reward, recipe.reward["name"])
         noise = RowNoise(recipe.seed, indices, dtype=getattr(torch, recipe.dtype))
+        resume = Resume(prefixes, states, first, counted) if states is not None and prefixes else None
+        sampler = replace(sampler, resume=resume)
         with torch.no_grad():
             result = parts.strategy(sampler, reward, noise)
             x0 = base.decode(result.x0, cond)
@@ -127,6 +134,8 @@ def generate(
             "x0": sample,
         }
         columns |= {name: value[keep].cpu().numpy() for name, value in result.columns.items()}
+        if resume is not None and states is not None:
+            states.reused += resume.reused * count
         pieces.append(columns)
         if progress is not None:
             progress(high - start)

@@ -103,6 +103,7 @@ class Sampler:
         cond: labels of the rows, (B,) int64, or None.
         stock_steps: the number of steps given to a stock scheduler that lays its own grid, else None.
         initial: begins the trajectories; None draws the prior.
+        resume: continues from kept states and leaves new ones; None begins at the start.
     """
 
     model: Model
@@ -111,6 +112,7 @@ class Sampler:
     cond: Tensor | None = None
     stock_steps: int | None = None
     initial: Any = None
+    resume: Any = None
 
     @property
     def num_steps(self) -> int:
@@ -148,9 +150,11 @@ class Sampler:
 
     def run(self, noise: Noise) -> State:
         """All steps of one trajectory a row."""
-        state = self.start(noise)
-        for _ in range(self.num_steps):
+        state = self.start(noise) if self.resume is None else self.resume.begin(self, noise)
+        while state.step < self.num_steps:
             state = self.step(state, noise)
+            if self.resume is not None:
+                self.resume.passed(state)
         return state
 
     def repeat(self, particles: int) -> Sampler:

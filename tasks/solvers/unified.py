@@ -162,6 +162,17 @@ class Unified:
             if hasattr(hook, "check"):
                 hook.check(plan)
 
+    def prefix(self, process: Any, times: tuple[float, ...]) -> list[Any]:
+        """What each step of the grid adds to what determines the state at its end; empty where hooks change it."""
+        if self.hooks:
+            return []
+        plan, found = self.plan(process, times), []
+        for group in plan.groups:
+            steps = [plan.steps[i].to_data() for i in group]
+            nodes = [plan.times[i] for i in group] + [plan.times[group.stop]]
+            found.append([nodes, steps, self.s_noise])
+        return found
+
     def start(self, process: Any, times: tuple[float, ...]) -> dict[str, Any]:
         """The memory before the first step."""
         return integrator.start(self.plan(process, times), self.hook_objects)
