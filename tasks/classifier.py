@@ -67,5 +67,4 @@ def refuse_other_shapes(shape: tuple[int, ...], name: str) -> None:
 
 def classify(samples: Tensor) -> Tensor:
     """Log-probabilities of the ten digits, (B, 10)."""
-    with torch.no_grad():
-        return torch.log_softmax(load(str(samples.device))(samples.float()), dim=-1)
+    return torch.log_softmax(load(str(samples.device))(samples.float()), dim=-1)

@@ -78,8 +78,8 @@ class RowNoise:
         """The same rows at another step (0-based; the prior is drawn at step -1)."""
         return replace(self, step=step)
 
-    def slot(self, slot: int) -> RowNoise:
-        """The same rows in another particle slot."""
+    def slot(self, slot: int | Tensor) -> RowNoise:
+        """The same rows in another particle slot, or each in its own, (B,) int64."""
         return replace(self, slots=slot)
 
     def repeat(self, particles: int) -> RowNoise:

@@ -188,6 +188,7 @@ class Recipe:
             p.reward.check(p.model.shape)
             if p.reward.needs_labels and not self.has_labels:
                 raise ValueError(f"reward {self.reward['name']} needs labels, but this study has none.")  # type: ignore[index]
+        self._check_strategy()
         if p.strategy.branches and not p.solver.stochastic:
             raise ValueError(
                 f"strategy {self.strategy['name']} copies particles, but {solver} is deterministic: copies would stay "
@@ -226,6 +227,18 @@ class Recipe:
         for _, plugin in calibration.places(p):
             if hasattr(plugin, "check_recipe"):
                 plugin.check_recipe(self)
+
+    def _check_strategy(self) -> None:
+        """Refuse a strategy that the other parts cannot serve."""
+        p = self.parts
+        if getattr(p.strategy, "intermediate", False) and not getattr(p.reward, "scores_predictions", True):
+            raise ValueError(
+                f"strategy {self.strategy['name']} judges unfinished samples by their clean predictions, but reward "
+                f"{self.reward['name'] if self.reward else None} cannot score these. Use another reward, or "
+                "strategy=best_of_n."
+            )
+        if hasattr(p.strategy, "check_recipe"):
+            p.strategy.check_recipe(self)
 
     def _check_labels(self) -> None:
         classes = self.parts.model.num_classes

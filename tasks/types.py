@@ -6,12 +6,14 @@ by inheritance. ``orchestrator/ports.py`` holds the three ports that face outwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
+
+from tasks.account import Account
 
 
 class Noise(Protocol):
@@ -22,7 +24,8 @@ class Noise(Protocol):
     def normal(self, shape: tuple[int, ...], purpose: str) -> Tensor: ...
     def uniform(self, shape: tuple[int, ...], purpose: str) -> Tensor: ...
     def at(self, step: int) -> Noise: ...
-    def slot(self, slot: int) -> Noise: ...
+    def slot(self, slot: int | Tensor) -> Noise: ...
+    def repeat(self, particles: int) -> Noise: ...
 
 
 @runtime_checkable
@@ -114,6 +117,7 @@ class Strategy(Protocol):
     def particles(self) -> int: ...
     @property
     def uses_reward(self) -> bool: ...
+    def account(self, evaluations: Sequence[int]) -> Account: ...
     def __call__(self, sampler: Any, reward: Reward | None, noise: Noise) -> Samples: ...
 
 

@@ -92,7 +92,6 @@ class ConsistencyDenoiser(UNetDenoiser):
         super().__init__(checkpoint, device)
         self.sigma_data = sigma_data
 
-    @torch.no_grad()
     def denoise(self, x: Tensor, t: Time, cond: Tensor | None = None) -> Tensor:
         """f(x, t), (B, C, H, W). ``cond`` holds labels; ``num_classes`` or None means none."""
         if cond is None:

@@ -1,1 +1,6 @@
-"""Rewards: one number per sample, larger is better."""
+"""Rewards: one number per sample, larger is better.
+
+A reward that passes gradients to its samples says ``differentiable = True``. One that makes no sense of the blurred
+clean predictions of an unfinished trajectory says ``scores_predictions = False``, and strategies that ask for these
+refuse it.
+"""

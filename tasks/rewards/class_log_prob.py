@@ -20,6 +20,7 @@ class ClassLogProb:
     """
 
     needs_labels = True
+    differentiable = True
 
     @property
     def revision(self) -> str:

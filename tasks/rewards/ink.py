@@ -19,6 +19,7 @@ class Ink:
     """
 
     needs_labels = False
+    differentiable = True
     revision = "1"
 
     def check(self, shape: tuple[int, ...]) -> None:

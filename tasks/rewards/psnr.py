@@ -28,6 +28,7 @@ class PSNR:
     """
 
     needs_labels = True
+    differentiable = True
 
     @property
     def revision(self) -> str:

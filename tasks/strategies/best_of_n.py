@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from tasks.account import Account
+from tasks.lookahead import rows_of
 from tasks.registry import strategies
 from tasks.types import Noise, Reward, Samples, reindex
 
@@ -21,6 +22,7 @@ class BestOfN:
 
     Args:
         n: number of candidates N.
+        budget: caps per sample: nfe, reward_calls, decodes, device_s.
 
     Reference: Stiennon et al. 2020, "Learning to summarize from human feedback"; Nakano et al. 2021 (best of n).
     Cost: N times the solver's evaluations and N reward calls (none for N = 1).
@@ -28,8 +30,11 @@ class BestOfN:
     """
 
     n: int = 4
+    budget: dict[str, float] = field(default_factory=dict)
 
     branches = False
+    intermediate = False
+    semantics = "best"
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -45,14 +50,18 @@ class BestOfN:
         """A single candidate needs no choice."""
         return self.n > 1
 
+    def account(self, evaluations: Sequence[int]) -> Account:
+        """N trajectories, and a reward call for each unless there is only one."""
+        calls = self.n if self.n > 1 else 0
+        return Account(self.n * sum(evaluations), calls, calls)
+
     def __call__(self, sampler: Any, reward: Reward | None, noise: Noise) -> Samples:
         """(B, *shape) samples with columns ``candidate_rewards`` (B, N) and ``slot`` (B,)."""
         if self.n == 1:
             return Samples(sampler.run(noise).x)
         assert reward is not None
         wide = sampler.repeat(self.n)
-        x0 = wide.run(noise.repeat(self.n)).x  # type: ignore[attr-defined]  # (B N, *shape)
+        x0 = wide.run(noise.repeat(self.n)).x  # (B N, *shape)
         rewards = reward(sampler.model.decode(x0, wide.cond), wide.cond).view(-1, self.n)
         slot = rewards.argmax(dim=1)
-        rows = torch.arange(len(slot), device=slot.device) * self.n + slot
-        return Samples(reindex(x0, rows), {"candidate_rewards": rewards, "slot": slot})
+        return Samples(reindex(x0, rows_of(slot[:, None], self.n)), {"candidate_rewards": rewards, "slot": slot})

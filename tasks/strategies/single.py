@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from tasks.account import Account
 from tasks.registry import strategies
 from tasks.types import Noise, Reward, Samples
 
@@ -14,13 +16,24 @@ from tasks.types import Noise, Reward, Samples
 class Single:
     """One trajectory per sample: the baseline that every other strategy equals with one particle.
 
+    Args:
+        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+
     Reference: none needed.
     Cost: the solver's evaluations; no reward calls.
     """
 
+    budget: dict[str, float] = field(default_factory=dict)
+
     particles = 1
     uses_reward = False
     branches = False
+    intermediate = False
+    semantics = "sample"
+
+    def account(self, evaluations: Sequence[int]) -> Account:
+        """One trajectory."""
+        return Account(sum(evaluations))
 
     def __call__(self, sampler: Any, reward: Reward | None, noise: Noise) -> Samples:
         """(B, *shape) samples."""
