@@ -188,6 +188,11 @@ class Recipe:
             p.reward.check(p.model.shape)
             if p.reward.needs_labels and not self.has_labels:
                 raise ValueError(f"reward {self.reward['name']} needs labels, but this study has none.")  # type: ignore[index]
+            if hasattr(p.reward, "at") and self.has_labels:
+                raise ValueError(
+                    f"reward {self.reward['name']} measures item i in row i, whose label asks for another class. Set "  # type: ignore[index]
+                    "labels=null."
+                )
         if p.strategy.branches and not p.solver.stochastic:
             raise ValueError(
                 f"strategy {self.strategy['name']} copies particles, but {solver} is deterministic: copies would stay "

@@ -101,7 +101,7 @@ def generate(
         reward = None
         if parts.strategy.uses_reward:
             assert recipe.reward is not None
-            reward = CountedReward(parts.reward, recipe.reward["name"])
+            reward = CountedReward(parts.reward, recipe.reward["name"], indices)
         noise = RowNoise(recipe.seed, indices, dtype=getattr(torch, recipe.dtype))
         with torch.no_grad():
             result = parts.strategy(sampler, reward, noise)
@@ -153,7 +153,10 @@ def score(
             cond = np.zeros(batch_size, dtype=np.int64)
             batch[low - first : high - first] = samples[low - start : high - start]
             cond[low - first : high - first] = np.maximum(labels[low - start : high - start], 0)
-            values = plugin(torch.from_numpy(batch).to(device), torch.from_numpy(cond).to(device))
+            asked = (
+                plugin.at(torch.arange(first, first + batch_size, device=device)) if hasattr(plugin, "at") else plugin
+            )
+            values = asked(torch.from_numpy(batch).to(device), torch.from_numpy(cond).to(device))
             pieces.append(values[low - first : high - first].cpu().numpy())
     column = np.concatenate(pieces).astype(np.float32)
     bad = ~np.isfinite(column).reshape(len(column), -1).all(axis=1)

@@ -18,6 +18,7 @@ class Noise(Protocol):
     """Random numbers of a batch of rows; each row has its own stream (see ``tasks/noise.py``)."""
 
     num_rows: int
+    indices: Tensor
 
     def normal(self, shape: tuple[int, ...], purpose: str) -> Tensor: ...
     def uniform(self, shape: tuple[int, ...], purpose: str) -> Tensor: ...
@@ -118,7 +119,11 @@ class Strategy(Protocol):
 
 
 class Scorer(Protocol):
-    """One more column: ``(samples, cond) -> (B,)`` for a reward, ``(B, D)`` for features."""
+    """One more column: ``(samples, cond) -> (B,)`` for a reward, ``(B, D)`` for features.
+
+    Where the answer depends on which row a sample is, as with a measurement of its own, the plug-in has
+    ``at(indices)``, which gives the scorer of those rows.
+    """
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor: ...
 
