@@ -25,11 +25,20 @@ Z95 = 1.959963984540054
 
 
 def scorers(metrics: list[Spec]) -> list[Spec]:
-    """The scorer columns that some metrics read, each once."""
+    """The scorer columns that some metrics read, each once.
+
+    Raises:
+        ValueError: two settings of one scorer, whose values would have the same name.
+    """
     found: dict[str, Spec] = {}
     for spec in metrics:
         for need in registry.metrics.build(spec).needs():
-            found[canonical(need)] = need
+            if found.setdefault(need["name"], need) != need:
+                raise ValueError(
+                    f"two metrics read scorer {need['name']} with different settings, {canonical(found[need['name']])} "
+                    f"and {canonical(need)}, but their values would have one name. Measure one of them in another "
+                    "study."
+                )
     return list(found.values())
 
 

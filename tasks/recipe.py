@@ -188,6 +188,11 @@ class Recipe:
             p.reward.check(p.model.shape)
             if p.reward.needs_labels and not self.has_labels:
                 raise ValueError(f"reward {self.reward['name']} needs labels, but this study has none.")  # type: ignore[index]
+            if hasattr(p.reward, "at") and self.has_labels:
+                raise ValueError(
+                    f"reward {self.reward['name']} measures item i in row i, whose label asks for another class. Set "  # type: ignore[index]
+                    "labels=null."
+                )
         self._check_strategy()
         if p.strategy.branches and not p.solver.stochastic:
             raise ValueError(

@@ -106,7 +106,7 @@ def generate(
         reward = None
         if parts.strategy.uses_reward:
             assert recipe.reward is not None
-            reward = CountedReward(parts.reward, recipe.reward["name"])
+            reward = CountedReward(parts.reward, recipe.reward["name"], indices)
         noise = RowNoise(recipe.seed, indices, dtype=getattr(torch, recipe.dtype))
         resume = Resume(prefixes, states, first, counted) if states is not None and prefixes else None
         sampler = replace(sampler, resume=resume)
@@ -180,7 +180,10 @@ def score(
                 other = np.zeros((batch_size, *companion.shape[1:]), dtype=companion.dtype)
                 other[low - first : high - first] = companion[low - start : high - start]
                 given.append(torch.from_numpy(other).to(device))
-            values = plugin(*given)
+            asked = plugin
+            if hasattr(plugin, "at"):
+                asked = plugin.at(torch.arange(first, first + batch_size, device=device))
+            values = asked(*given)
             pieces.append(values[low - first : high - first].cpu().numpy())
     column = np.concatenate(pieces).astype(np.float32)
     bad = ~np.isfinite(column).reshape(len(column), -1).all(axis=1)

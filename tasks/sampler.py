@@ -52,14 +52,56 @@ class CountedModel:
 
 
 class CountedReward:
-    """Counts reward calls, one per sample, and refuses answers that are no rewards."""
+    """Counts reward calls, one per sample, and refuses answers that are no rewards.
 
-    def __init__(self, scorer: Callable[[Tensor, Tensor | None], Tensor], name: str) -> None:
-        self._scorer, self._name, self.rows = scorer, name, 0
+    A reward whose answer depends on the row (``measurement``) is asked about the rows of ``indices``: as many samples
+    as there are, or K of each, rows outermost. A strategy that asks about other rows says which:
+    ``reward.at(indices)``.
+
+    Args:
+        scorer: the reward.
+        name: its name, for messages.
+        indices: sample indices of the rows, (B,) int64.
+    """
+
+    def __init__(self, scorer: Any, name: str, indices: Tensor | None = None) -> None:
+        self._plugin, self._name, self._indices = scorer, name, indices
+        self._count = [0]  # shared with what ``at`` returns
+        self._of_rows: dict[int, Any] = {}
+
+    @property
+    def rows(self) -> int:
+        """Samples that were scored so far."""
+        return self._count[0]
+
+    @property
+    def scorer(self) -> Any:
+        """The reward itself, of these rows where it depends on them; what is asked of it directly is not counted."""
+        return self._scorer(len(self._indices) if self._indices is not None else 0)
+
+    def at(self, indices: Tensor) -> CountedReward:
+        """The same reward and count for other rows, (B,) int64 sample indices."""
+        other = CountedReward(self._plugin, self._name, indices)
+        other._count = self._count
+        return other
+
+    def _scorer(self, count: int) -> Any:
+        if not hasattr(self._plugin, "at"):
+            return self._plugin
+        if self._indices is None or not len(self._indices) or count % len(self._indices):
+            known = "no rows" if self._indices is None else f"{len(self._indices)} rows"
+            raise ValueError(
+                f"reward {self._name} depends on the row, but was asked about {count} samples of {known}. Say which "
+                "rows they belong to: reward.at(indices)."
+            )
+        if count not in self._of_rows:
+            indices = self._indices.repeat_interleave(count // len(self._indices))
+            self._of_rows[count] = self._plugin.at(indices)
+        return self._of_rows[count]
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
-        self.rows += len(samples)
-        values = self._scorer(samples, cond)
+        self._count[0] += len(samples)
+        values = self._scorer(len(samples))(samples, cond)
         if values.shape != (len(samples),):
             raise ValueError(
                 f"reward {self._name} returned shape {tuple(values.shape)} for {len(samples)} samples; it must return "

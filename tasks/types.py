@@ -20,6 +20,7 @@ class Noise(Protocol):
     """Random numbers of a batch of rows; each row has its own stream (see ``tasks/noise.py``)."""
 
     num_rows: int
+    indices: Tensor
 
     def normal(self, shape: tuple[int, ...], purpose: str) -> Tensor: ...
     def uniform(self, shape: tuple[int, ...], purpose: str) -> Tensor: ...
@@ -126,6 +127,9 @@ class Scorer(Protocol):
 
     Features that compare a row with the row of another recipe at the same index also have ``companion(recipe)``, that
     recipe, and are called with its samples as a third argument.
+
+    Where the answer depends on which row a sample is, as with a measurement of its own, the plug-in has
+    ``at(indices)``, which gives the scorer of those rows.
     """
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor: ...

@@ -21,17 +21,21 @@ class MeanReward:
     Where a strategy selects by one reward, report another beside it: the one that was selected for always rises.
 
     Args:
-        reward: name of the reward.
+        reward: name of the reward, or its whole spec, ``{name: measurement, operator: blur}``.
 
     Reference: none needed.
     """
 
-    reward: str = "class_log_prob"
+    reward: str | dict[str, Any] = "class_log_prob"
+
+    @property
+    def _name(self) -> str:
+        return self.reward if isinstance(self.reward, str) else rewards.complete(self.reward)["name"]
 
     @property
     def better(self) -> dict[str, str]:
         """Larger rewards are better."""
-        return {f"reward/{self.reward}": "higher"}
+        return {f"reward/{self._name}": "higher"}
 
     def needs(self) -> tuple[Spec, ...]:
         """The reward's column."""
@@ -45,7 +49,7 @@ class MeanReward:
 
     def summarize(self, rows: Rows) -> Moments:
         """Count and mean."""
-        return Moments.of(rows[self.reward][:, None])
+        return Moments.of(rows[self._name][:, None])
 
     def merge(self, a: Moments, b: Moments) -> Moments:
         """Of both."""
@@ -53,8 +57,8 @@ class MeanReward:
 
     def compute(self, summary: Moments, reference: Any) -> dict[str, float]:
         """The mean."""
-        return {f"reward/{self.reward}": float(summary.mean[0])}
+        return {f"reward/{self._name}": float(summary.mean[0])}
 
     def influence(self, summary: Moments, reference: Any, rows: Rows) -> dict[str, np.ndarray]:
         """Deviation from the mean."""
-        return {f"reward/{self.reward}": rows[self.reward].astype(np.float64) - summary.mean[0]}
+        return {f"reward/{self._name}": rows[self._name].astype(np.float64) - summary.mean[0]}

@@ -153,3 +153,10 @@ def test_the_reference_is_made_once_for_a_model(gmm: Recipe, tmp_path: Path, mon
 def test_scorers_that_two_metrics_share_are_listed_once() -> None:
     specs = [metric_registry.complete(spec) for spec in (FRECHET, {"name": "kid", "features": "identity"}, INK)]
     assert [spec["name"] for spec in measure.scorers(specs)] == ["identity", "ink"]
+
+
+def test_two_settings_of_one_scorer_are_refused_instead_of_being_mixed_up() -> None:
+    both = [{"name": "mean_reward", "reward": {"name": "measurement", "sigma_y": sigma}} for sigma in (0.1, 0.2)]
+    with pytest.raises(ValueError, match="two metrics read scorer measurement with different settings"):
+        measure.scorers([metric_registry.complete(spec) for spec in both])
+    assert len(measure.scorers([metric_registry.complete(both[0])] * 2)) == 1

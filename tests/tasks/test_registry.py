@@ -160,7 +160,9 @@ def test_public_members_are_documented(kind, name):
 @pytest.mark.parametrize("name", registry.rewards.names())
 def test_a_reward_gives_one_number_per_sample(name):
     samples = torch.linspace(-1, 1, 5 * 64).view(5, 1, 8, 8)
-    values = registry.rewards.build(name)(samples, torch.arange(5))
+    reward = registry.rewards.build(name)
+    scorer = reward.at(torch.arange(5)) if hasattr(reward, "at") else reward
+    values = scorer(samples, torch.arange(5))
     assert values.shape == (5,)
     assert torch.isfinite(values).all()
 

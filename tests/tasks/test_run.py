@@ -394,7 +394,9 @@ def test_scores_are_those_of_the_scorer_itself():
     rng = np.random.default_rng(0)
     samples, labels = rng.uniform(-1, 1, (20, 1, 8, 8)).astype(np.float32), np.arange(20) % 10
     for name in registry.rewards.names():
-        direct = registry.rewards.build(name)(torch.from_numpy(samples), torch.from_numpy(labels))
+        reward = registry.rewards.build(name)
+        scorer = reward.at(torch.arange(3, 23)) if hasattr(reward, "at") else reward
+        direct = scorer(torch.from_numpy(samples), torch.from_numpy(labels))
         np.testing.assert_allclose(score({"name": name}, samples, labels, 3, 16, "cpu"), direct, rtol=1e-5, atol=1e-6)
 
 

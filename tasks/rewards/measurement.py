@@ -1,0 +1,119 @@
+"""Log-likelihood of the row's own measurement."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks.measurements import Measured, Operator, operator
+from tasks.noise import RowNoise
+from tasks.recipe import canonical, digest
+from tasks.reference_items import items
+from tasks.registry import models, rewards
+
+
+@rewards.register("measurement")
+@dataclass(frozen=True)
+class Measurement:
+    """Log-likelihood of a noisy linear measurement that was made of the row's own reference image.
+
+    ``r(x) = log N(y; A x, sigma_y^2 I)`` with ``y = A x_ref + sigma_y e``. Row i measures item i of the model's
+    reference data (over again after the last) with noise keyed by (seed, i). So the problem of a row is a function of
+    its index, and the same for every solver, strategy and seed of the study.
+
+    Args:
+        operator: A: inpaint, blur, pool, subsample, all (nothing is lost but to noise), or matrix.
+        block: what inpaint loses: lower (half) or centre.
+        width: standard deviation of the blur in pixels.
+        factor: neighbours that pool averages, or the stride of subsample.
+        matrix: rows of A over all elements of a state, for matrix.
+        sigma_y: standard deviation of the measurement's noise.
+        model: spec of the model whose reference data is measured.
+        item: measure this item in every row, once; null takes item i in row i.
+        y: a measurement of your own, the same for all rows, instead of a simulated one.
+        seed: seed of the noise.
+
+    Reference: Chung et al. 2023, "Diffusion Posterior Sampling for General Noisy Inverse Problems" (problems).
+    Cost: two products with A.
+    Identities: ``<A x, y> = <x, A^T y>``.
+    """
+
+    operator: str = "inpaint"
+    block: str = "lower"
+    width: float = 1.0
+    factor: int = 2
+    matrix: tuple[tuple[float, ...], ...] | None = None
+    sigma_y: float = 0.1
+    model: dict[str, Any] = field(default_factory=lambda: {"name": "digits"})
+    item: int | None = None
+    y: tuple[float, ...] | None = None
+    seed: int = 0
+
+    needs_labels = False
+    differentiable = True
+
+    def __post_init__(self) -> None:
+        if not self.sigma_y > 0:
+            raise ValueError(f"reward.sigma_y must be positive, got {self.sigma_y}.")
+        if self.item is not None and self.item < 0:
+            raise ValueError(f"reward.item must be at least 0, got {self.item}.")
+        self.check(tuple(models.build(self.model).shape))
+
+    @property
+    def revision(self) -> str:
+        """Hash of what is measured."""
+        if self.y is not None:
+            return "1"
+        return digest(["1", hashlib.sha256(items(canonical(self.model)).tobytes()).hexdigest()])[:16]
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """States of the shape that is measured."""
+        known = tuple(models.build(self.model).shape)
+        if tuple(shape) != known:
+            raise ValueError(
+                f"measurement measures data of model {self.model['name']}, of shape {known}, but the samples have "
+                f"shape {tuple(shape)}. Set reward.model to the model of the study."
+            )
+        size = self._operator(known, "cpu").size
+        if self.y is not None and len(self.y) != size:
+            raise ValueError(f"reward.y must be the {size} numbers that {self.operator} measures, got {len(self.y)}.")
+
+    @property
+    def size(self) -> int:
+        """Numbers that one row measures, M."""
+        return self._operator(tuple(models.build(self.model).shape), "cpu").size
+
+    def _operator(self, shape: tuple[int, ...], device: Any) -> Operator:
+        return operator(
+            self.operator,
+            shape,
+            block=self.block,
+            width=self.width,
+            factor=self.factor,
+            matrix=self.matrix,
+            device=device,
+        )
+
+    def at(self, indices: Tensor) -> Measured:
+        """The scorer of the rows with these indices, (B,) int64."""
+        shape, device = tuple(models.build(self.model).shape), indices.device
+        found = self._operator(shape, device)
+        if self.y is not None:
+            given = torch.tensor(self.y, dtype=torch.float64, device=device)
+            return Measured(found, given.expand(len(indices), -1), self.sigma_y)
+        known = items(canonical(self.model))
+        measured = indices if self.item is None else torch.full_like(indices, self.item)
+        clean = torch.from_numpy(known[(measured % len(known)).cpu().numpy()]).to(device)
+        noise = RowNoise(self.seed, measured, dtype=torch.float64).normal((found.size,), "measurement")
+        return Measured(found, found(clean) + self.sigma_y * noise, self.sigma_y)
+
+    def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
+        """Refused: the measurement is the row's own."""
+        raise ValueError(
+            f"measurement scores row i against the measurement of row i, but it was given {len(samples)} samples "
+            "without their rows. Call .at(indices) first."
+        )
