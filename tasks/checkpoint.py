@@ -149,7 +149,6 @@ class UNetDenoiser:
         self.shape, self.num_classes = checkpoint.shape, checkpoint.num_classes
         self.network = checkpoint.network(device)
 
-    @torch.no_grad()
     def denoise(self, x: Tensor, t: Time, cond: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t = x], (B, C, H, W). ``cond`` holds labels; ``num_classes`` or None means none."""
         if self.num_classes and cond is None:

@@ -117,9 +117,6 @@ def tempered(
         mean = alpha_s X / B + (sigma_s / sigma_t) q^(a / 2) (x - alpha_t X / B),
         std^2 = sigma_s^2 zeta^2 (1 - q^a) / a.
 
-    At alpha_t = 0, where q = 0 and nothing is known of the past, it draws the product of the Gaussians themselves, ``N(
-    alpha_s X / B, sigma_s^2 / B)``.
-
     Args:
         process: noising process.
         x: states at t, (N, *shape).
@@ -134,7 +131,8 @@ def tempered(
     """
     alpha_t, sigma_t, alpha_s, sigma_s = process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s)
     if alpha_t == 0:
-        return (alpha_s / total) * blend, sigma_s / math.sqrt(total)
+        assert total == 1, "from no signal the law of a product is its own Gaussians'"
+        return alpha_s * blend, sigma_s
     if sigma_s == 0:
         return (alpha_s / total) * blend, 0.0
     q = (sigma_s * alpha_t / (sigma_t * alpha_s)) ** 2

@@ -36,8 +36,9 @@ class DAS:
     Args:
         particles: K trajectories a sample.
         strength: inverse temperature; 1/alpha of the paper.
-        tempering: power, ``lam_i = min((1 + gamma)^i - 1, 1)``; linear, ``i / T``; or adaptive, the largest lam_i that
-            keeps the conditional effective size at ``conditional`` K, found by bisection for every group.
+        tempering: power, ``lam_i = min((1 + gamma)^i - 1, 1)``; linear, ``i / T``; or adaptive, the largest lam_i up to
+            the power tempering's that keeps the conditional effective size at ``conditional`` K, found by bisection for
+            every group. (Without that bound lam is 1 at the start, where all predictions are alike.)
         gamma: growth of the power tempering.
         conditional: share of K that an adaptive step keeps.
         clip: largest norm of ``std grad psi`` per particle, the shift in units of the noise; null is no limit.
@@ -140,10 +141,10 @@ class DAS:
         for i in range(steps):
             x0_hat, score, gradient = _scored(wide, reward, particles.state.x, i)
             particles = particles.put(x0_hat=x0_hat, gradient=gradient)
-            temper = (
-                self._temper(particles, score, temper) if self.tempering == "adaptive" else zeros[::count] + fixed[i]
-            )
-            following = temper if self.tempering == "adaptive" else zeros[::count] + fixed[i + 1]
+            if self.tempering == "adaptive":
+                temper = following = self._temper(particles, score, temper, fixed[i])
+            else:
+                temper, following = torch.full_like(temper, fixed[i]), torch.full_like(temper, fixed[i + 1])
             psi = self.strength * temper.repeat_interleave(count) * score
             particles = particles.weigh(particles.cache["move"] + psi - particles.cache["psi"]).put(psi=psi)
             particles = particles.resample(self.resampling, noise.at(i))
@@ -171,7 +172,7 @@ class DAS:
             state=replace(state, x=x, x0_hat=cache["x0_hat"], step=step + 1),
         )
 
-    def _temper(self, particles: ParticleState, score: Tensor, before: Tensor) -> Tensor:
+    def _temper(self, particles: ParticleState, score: Tensor, before: Tensor, most: float) -> Tensor:
         """The largest temper of every group that keeps the conditional effective size, (B,)."""
         count = particles.num_particles
         owed = (particles.cache["move"] - particles.cache["psi"]).view(-1, count)
@@ -183,13 +184,13 @@ class DAS:
             size = 2 * torch.logsumexp(weights + gain, dim=1) - torch.logsumexp(weights + 2 * gain, dim=1)
             return torch.exp(size) >= self.conditional
 
-        low, high = before, torch.ones_like(before)
+        low, high = before, torch.full_like(before, most)
         whole = keeps(high)
         for _ in range(_BISECTIONS):
             middle = 0.5 * (low + high)
             good = keeps(middle)
             low, high = torch.where(good, middle, low), torch.where(good, high, middle)
-        return torch.where(whole, torch.ones_like(low), low)
+        return torch.where(whole, torch.full_like(low, most), low)
 
 
 def _scored(sampler: Any, reward: Reward, x: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:

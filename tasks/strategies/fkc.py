@@ -19,6 +19,8 @@ from tasks.sampler import CountedModel
 from tasks.smc import ParticleState, Resampling
 from tasks.types import Model, Noise, Reward, Samples
 
+NOTHING_YET = 30.0  # noise-to-signal ratio, for data of unit size, above which a product's particles know nothing
+
 
 @lru_cache(maxsize=4)
 def _load(spec: str, device: str) -> Model:
@@ -40,6 +42,9 @@ class FKC:
     ``exp(beta_t r(x))``, ``beta_t = strength (1 - t)^2``: half of the Langevin drift goes along ``beta_t grad r``
     (kappa = 1/2), and the weights grow by the change of ``beta_t r`` along the ODE, which needs no Laplacian. Weights
     are exact as steps shrink; at few steps the discretisation is the larger error.
+
+    Where nothing is known yet (from alpha = 0, and for B != 1 while sigma / alpha is above 30) a step draws from the
+    product of the models' Gaussians itself: the weights of coarse steps there would only be noise.
 
     Particles and weights of one model alone (b = 1, no scale, no reward) are ``ddim`` with eta=1.
 
@@ -68,8 +73,8 @@ class FKC:
         The exponential step, the default of zeta^2 and the weight of the tilt along the ODE are ours.
     Cost: K T evaluations per model (twice for the guided one); no reward calls without a tilt, else 2 K T and as many
         gradients of the reward alone.
-    Identities: with particles=1, one model, b = 1 and no reward this is ``single`` with ``ddim`` and eta=1, draw for
-        draw; with another density and one particle it is the plain SDE, uncorrected.
+    Identities: with particles=1, one model, b = 1 and no reward this is ``single`` with ``ddim`` and eta=1, draw
+        for draw; with another density and one particle it is the plain SDE, uncorrected.
     """
 
     particles: int = 16
@@ -200,6 +205,11 @@ class FKC:
         # The prior is N(0, sigma^2); the product of its powers has the variance sigma^2 / B.
         narrow = replace(particles.state, x=particles.state.x / math.sqrt(self.total))
         particles = replace(particles, state=narrow)
+        level = _level(sampler.model.process, sampler.times[0])
+        start = torch.zeros_like(particles.log_w)
+        if math.isfinite(level):
+            start = start + self._start([torch.zeros_like(narrow.x)] * len(blend.powers), blend.powers, level)
+        particles = particles.put(start=start).weigh(start)
         clipped = torch.zeros(len(particles.log_z), dtype=torch.int64, device=particles.log_w.device)
         for i in range(steps):
             particles, increment, more = self._step(particles, blend, reward, i, streams.at(i))
@@ -226,19 +236,25 @@ class FKC:
         sampler, process, total = blend.sampler, blend.sampler.model.process, self.total
         t, s = sampler.times[i], sampler.times[i + 1]
         x = particles.state.x
-        powers, means = blend(x, t)
+        powers, means = blend.powers, blend(x, t)
         mix = _sum(powers, means)
-        mean, std = kernels.tempered(process, x, mix, t, s, total, self.noise_level)
-        increment = self._weight(process, x, powers, means, t, s, i == 0)
-        if self.uses_reward:
-            assert reward is not None and self.strength is not None
+        fresh = self._fresh(process, t, s)
+        if fresh:
+            mean, std = (process.alpha(s) / total) * mix, process.sigma(s) / math.sqrt(total)
+            start = self._start(means, powers, _level(process, s))
+            increment, particles = start - particles.cache["start"], particles.put(start=start)
+        else:
+            mean, std = kernels.tempered(process, x, mix, t, s, total, self.noise_level)
+            increment = self._weight(process, x, powers, means, t, s)
+        if reward is not None:
+            assert self.strength is not None
             before, after = self.strength * (1 - t) ** 2, self.strength * (1 - s) ** 2
             score, gradient = _gradient(sampler, reward, x)
             mean = mean + 0.5 * before * std**2 * gradient.to(mean.dtype)
         x_new = kernels.Kernel(mean, std).draw(streams)
-        if self.uses_reward:
-            # From alpha = 0 the step draws afresh, so the new state itself is weighed.
-            carried = x_new if process.alpha(t) == 0 else _ode(process, x, mix, t, s, total)
+        if reward is not None:
+            # Where the step draws anew, the new state itself is weighed.
+            carried = x_new if fresh else _ode(process, x, mix, t, s, total)
             moved = reward(sampler.model.decode(carried, sampler.cond), sampler.cond).double()
             increment = increment + after * moved - before * score
         grouped = increment.view(-1, self.particles)
@@ -252,26 +268,21 @@ class FKC:
         return replace(particles, state=state), increment, more
 
     def _weight(
-        self, process: Any, x: Tensor, powers: Sequence[float], means: Sequence[Tensor], t: float, s: float, first: bool
+        self, process: Any, x: Tensor, powers: Sequence[float], means: Sequence[Tensor], t: float, s: float
     ) -> Tensor:
-        """Increment of the log-weights over a step, (B K,) float64.
-
-        Scores are held in coordinates in which a unit Gaussian's stays bounded, ``|s|^2 (1 + u)``, and ``int du / (1 +
-        u)`` is exact; so the increment is finite at both ends.
-        """
-        zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        alpha_t, alpha_s = process.alpha(t), process.alpha(s)
-        level_s = (process.sigma(s) / alpha_s) ** 2
-        if alpha_t == 0:
-            return zero + self._start(means, powers, level_s)
-        level = (process.sigma(t) / alpha_t) ** 2
-        start = self._start([torch.zeros_like(m) for m in means], powers, level) if first else 0.0
+        """Increment of the log-weights over a step, (B K,) float64."""
+        level, level_s = _level(process, t), _level(process, s)
         if self.window is not None and not self.window[0] <= math.sqrt(level) <= self.window[1]:
-            return zero + start
-        y = x.double().flatten(1) / alpha_t
+            return torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        y = x.double().flatten(1) / process.alpha(t)
         scores = [(m.double().flatten(1) - y) / level for m in means]
         gap = _sum(powers, scores).square().sum(1) - _sum(powers, [score.square().sum(1) for score in scores])
-        return 0.5 * gap * (1 + level) * math.log((1 + level) / (1 + level_s)) + start
+        # |s|^2 (1 + u) is held, which for unit Gaussians does not change; so the increment is finite at both ends.
+        return 0.5 * gap * (1 + level) * (math.log1p(level) - math.log1p(level_s))
+
+    def _fresh(self, process: Any, t: float, s: float) -> bool:
+        """Whether a step draws the product of the models' Gaussians anew, because nothing is known yet."""
+        return process.alpha(t) == 0 or (self.total != 1 and _level(process, s) > NOTHING_YET**2)
 
     def _start(self, means: Sequence[Tensor], powers: Sequence[float], level: float) -> Tensor:
         """log of the mass of the product of the first Gaussians ``N(m_i, level)^{b_i}``, of every particle."""
@@ -288,6 +299,11 @@ def _sum(powers: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     return torch.stack([p * value for p, value in zip(powers, values, strict=True)]).sum(0)
 
 
+def _level(process: Any, t: float) -> float:
+    """u = (sigma / alpha)^2."""
+    return (process.sigma(t) / process.alpha(t)) ** 2 if process.alpha(t) > 0 else math.inf
+
+
 class _Blend:
     """The clean predictions of all the models of a product at once, with their powers."""
 
@@ -297,20 +313,18 @@ class _Blend:
         loaded = [_load(json.dumps(spec, sort_keys=True), device) for spec in strategy.models]
         self.others = [CountedModel(model, rows) for model in loaded]
 
-    def __call__(self, x: Tensor, t: float) -> tuple[list[float], list[Tensor]]:
-        model, cond = self.sampler.model, self.sampler.cond
-        powers, means = [], []
+    @property
+    def powers(self) -> list[float]:
+        """b of every prediction."""
         first, *rest = self.strategy.powers
         scale = self.strategy.scale
-        if scale is not None:
-            powers.append(first * (1 - scale))
-            means.append(model.denoise(x, t, torch.full_like(cond, model.num_classes)))
-        powers.append(first * (1.0 if scale is None else scale))
+        return [first, *rest] if scale is None else [first * (1 - scale), first * scale, *rest]
+
+    def __call__(self, x: Tensor, t: float) -> list[Tensor]:
+        model, cond = self.sampler.model, self.sampler.cond
+        means = [] if self.strategy.scale is None else [model.denoise(x, t, torch.full_like(cond, model.num_classes))]
         means.append(model.denoise(x, t, cond))
-        for power, other in zip(rest, self.others, strict=True):
-            powers.append(power)
-            means.append(other.denoise(x, t, cond if other.num_classes else None))
-        return powers, means
+        return means + [other.denoise(x, t, cond if other.num_classes else None) for other in self.others]
 
 
 def _ode(process: Any, x: Tensor, mix: Tensor, t: float, s: float, total: float) -> Tensor:
@@ -347,4 +361,5 @@ def _jump(particles: ParticleState, increment: Tensor, noise: Noise) -> Particle
     due = torch.ones(len(mean), dtype=torch.bool, device=mean.device)
     # Weights stay equal: what the increments said is spent by the jumps themselves.
     sizes = smc.effective_size(grouped)
-    return replace(particles.moved_to(torch.where(dies, drawn, places), due, mean), ess=(*particles.ess, sizes))
+    gain = mean + smc.log_mean_exp(particles.grouped)
+    return replace(particles.moved_to(torch.where(dies, drawn, places), due, gain), ess=(*particles.ess, sizes))

@@ -167,3 +167,27 @@ def log_mean(log_z: Tensor) -> tuple[float, float]:
     """log of the mean of Z over runs, and its standard error."""
     ratio = torch.exp(log_z - log_z.max())
     return float(log_z.max() + torch.log(ratio.mean())), float(ratio.std() / ratio.mean() / math.sqrt(len(ratio)))
+
+
+def uniform(steps: int) -> tuple[float, ...]:
+    """Equal steps from 1 to 0."""
+    return tuple(1 - i / steps for i in range(steps)) + (0.0,)
+
+
+GRID = np.linspace(-12.0, 12.0, 24001)
+
+
+def log_density(law: Mixture) -> np.ndarray:
+    """log p on ``GRID``."""
+    w, m, v = law.arrays()
+    return np.logaddexp.reduce(np.log(w) - 0.5 * np.log(2 * np.pi * v) - 0.5 * (GRID[:, None] - m) ** 2 / v, axis=1)
+
+
+def quadrature(log_p: np.ndarray) -> tuple[float, float, float]:
+    """Mean, variance and log of the mass of a density on ``GRID``."""
+    top = log_p.max()
+    p = np.exp(log_p - top)
+    log_mass = float(top + np.log(p.sum() * (GRID[1] - GRID[0])))
+    p /= p.sum()
+    mean = float(p @ GRID)
+    return mean, float(p @ GRID**2) - mean**2, log_mass

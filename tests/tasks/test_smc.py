@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import GAUSS, GM1D, Denoiser, ExactKernel, log_mean, weighted_moments
+from oracles import GAUSS, GM1D, Denoiser, ExactKernel, log_mean, uniform, weighted_moments
 
 from tasks import kernels, smc
 from tasks.noise import RowNoise
@@ -20,10 +20,6 @@ MEAN, VARIANCE, LOG_Z = GM1D.tilted()
 
 def streams(rows, seed=0):
     return RowNoise(seed, torch.arange(rows), dtype=torch.float64)
-
-
-def uniform(steps):
-    return tuple(1 - i / steps for i in range(steps)) + (0.0,)
 
 
 def model(law=GM1D):
