@@ -87,6 +87,10 @@ class RowNoise:
         slots = torch.arange(particles, device=self.device).repeat(self.num_rows)
         return replace(self, indices=self.indices.repeat_interleave(particles), slots=slots)
 
+    def shifted(self, slots: int) -> RowNoise:
+        """The same rows, so many slots further: streams that nothing else at these slots has."""
+        return replace(self, slots=self.slots + slots)
+
     def _words(self, count: int, purpose: str) -> Tensor:
         """``count`` blocks of four 32-bit words per row, (B, count, 4) int64."""
         block = torch.arange(count, device=self.device)[None, :]

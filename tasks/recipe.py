@@ -199,6 +199,8 @@ class Recipe:
                 f"strategy {self.strategy['name']} copies particles, but {solver} is deterministic: copies would stay "
                 "identical. Use a stochastic solver, for example solver=ddim solver.eta=1."
             )
+        if hasattr(p.strategy, "check_recipe"):
+            p.strategy.check_recipe(self)
 
     def _check_pairings(self) -> None:
         """Refuse a model, solver, times or initial state that do not belong together."""
@@ -296,7 +298,8 @@ class Recipe:
         """Content key of the rows: what determines them and nothing else.
 
         Times enter as their values, so equal grids made in different ways share rows. A reward enters only when the
-        strategy looks at it. A checkpoint enters by the hash of its weights, not by its path.
+        strategy looks at it. A checkpoint enters by the hash of its weights, not by its path; those that a
+        strategy brings along enter by its ``revision``.
         """
         grid, stock_steps = self.grid
         more: dict[str, Any] = {}
@@ -305,6 +308,8 @@ class Recipe:
         if self.calibrations:
             more["artifacts"] = [c.key for c in self.calibrations]
             more["calibrated_times"] = self.times if self.has_calibrated_times else None
+        if getattr(self.parts.strategy, "revision", None) is not None:
+            more["strategy_revision"] = self.parts.strategy.revision
         return digest(
             more
             | {

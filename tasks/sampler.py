@@ -19,7 +19,7 @@ class CountedModel:
     """
 
     def __init__(self, model: Model, max_rows: int) -> None:
-        self._model, self._max_rows, self.rows = model, max_rows, 0
+        self._model, self.max_rows, self.rows = model, max_rows, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -41,9 +41,9 @@ class CountedModel:
         self, function: Callable[..., Tensor], x: Tensor, times: tuple[float | Tensor, ...], cond: Tensor | None
     ) -> Tensor:
         self.rows += len(x)
-        if len(x) <= self._max_rows:
+        if len(x) <= self.max_rows:
             return function(x, *times, cond)
-        places = [slice(i, i + self._max_rows) for i in range(0, len(x), self._max_rows)]
+        places = [slice(i, i + self.max_rows) for i in range(0, len(x), self.max_rows)]
         parts = [
             function(x[p], *(t[p] if isinstance(t, Tensor) else t for t in times), None if cond is None else cond[p])
             for p in places

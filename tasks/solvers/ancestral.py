@@ -27,6 +27,7 @@ class Ancestral:
     process = "masked"
     order = 1
     stochastic = True
+    asks_once = True
 
     def nfe(self, num_steps: int) -> int:
         """One evaluation a step."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from tasks.kernels import ddim
 from tasks.registry import solvers
 from tasks.types import Conditioned, Noise, State
 
@@ -30,6 +32,7 @@ class DDIM:
 
     process = "gaussian"
     order = 1
+    asks_once = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eta <= 1.0:
@@ -50,13 +53,12 @@ class DDIM:
 
     def step(self, model: Conditioned, state: State, t: float, s: float, noise: Noise) -> State:
         """From t to s."""
-        process = model.process
         x0_hat = model.denoise(state.x, t)
-        alpha_t, sigma_t, alpha_s, sigma_s = process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s)
-        ratio = alpha_t / alpha_s
-        nu = self.eta * sigma_s / sigma_t * math.sqrt(max(sigma_t**2 - (ratio * sigma_s) ** 2, 0.0))
-        carry = math.sqrt(max(sigma_s**2 - nu**2, 0.0)) / sigma_t
-        x = carry * state.x + (alpha_s - alpha_t * carry) * x0_hat
+        x, nu = ddim(model.process, state.x, x0_hat, t, s, self.eta)
         if nu > 0:
             x = x + nu * noise.normal(tuple(x.shape[1:]), purpose="step")
         return State(x, x0_hat, None, state.step + 1)
+
+    def kernel(self, process: Any, x: Tensor, x0_hat: Tensor, t: float, s: float) -> tuple[Tensor, float]:
+        """Mean and standard deviation of x_s given x_t = x and its clean prediction."""
+        return ddim(process, x, x0_hat, t, s, self.eta)

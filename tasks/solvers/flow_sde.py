@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from tasks.kernels import flow_sde
 from tasks.processes import transfer
 from tasks.registry import solvers, unknown
 from tasks.types import Conditioned, Noise, State
+
+DIFFUSIONS = ("grpo", "constant", "quadratic")
 
 
 @solvers.register("flow_sde")
@@ -17,11 +21,12 @@ class FlowSDE:
     """The SDE with a rectified flow's marginals, by Euler-Maruyama: ODE steps outside a window, stochastic ones inside.
 
     With dt = s - t < 0 and g the diffusion: ``mean = x (1 + g^2 dt / (2 t)) + u (1 + g^2 (1 - t) / (2 t)) dt``,
-    ``std = g sqrt(-dt)``; g = eta sqrt(t / (1 - t)) as in Flow-GRPO, or the constant eta as in DanceGRPO.
+    ``std = g sqrt(-dt)``; g = eta sqrt(t / (1 - t)) as in Flow-GRPO, the constant eta as in DanceGRPO, or eta t^2 as in
+    rollover budget forcing (there eta = 3).
 
     Args:
         eta: strength; sqrt(2) is the full reverse SDE of ``grpo``.
-        diffusion: grpo or constant.
+        diffusion: grpo, constant or quadratic.
         window: [first, last + 1] of the stochastic steps (MixGRPO's sliding window); null makes all stochastic but the
             last.
 
@@ -37,10 +42,11 @@ class FlowSDE:
 
     process = "gaussian"
     order = 1
+    asks_once = True
 
     def __post_init__(self) -> None:
-        if self.diffusion not in ("grpo", "constant"):
-            raise unknown("diffusion", self.diffusion, ["grpo", "constant"], "Allowed")
+        if self.diffusion not in DIFFUSIONS:
+            raise unknown("diffusion", self.diffusion, list(DIFFUSIONS), "Allowed")
         ends = (0, 0) if self.window is None else self.window
         if self.eta < 0 or len(ends) != 2 or not 0 <= ends[0] <= ends[1]:
             raise ValueError(
@@ -83,10 +89,20 @@ class FlowSDE:
         inside = s > 0 if self.window is None else self.window[0] <= i < self.window[1]
         if not inside or self.eta == 0:
             return State(transfer(model.process, state.x, x0_hat, t, s), x0_hat, memory, state.step + 1)
-        velocity = (state.x - x0_hat) / t
-        level = t if t < 1.0 else times[i + 1]
-        g2 = self.eta**2 * (level / (1.0 - level) if self.diffusion == "grpo" else 1.0)
-        dt = s - t
-        mean = state.x * (1.0 + g2 * dt / (2 * t)) + velocity * ((1.0 + g2 * (1.0 - t) / (2 * t)) * dt)
-        x = mean + math.sqrt(-g2 * dt) * noise.normal(tuple(mean.shape[1:]), purpose="step")
+        mean, std = flow_sde(state.x, x0_hat, t, s, self._g2(t, times[i + 1]))
+        x = mean + std * noise.normal(tuple(mean.shape[1:]), purpose="step")
         return State(x, x0_hat, memory, state.step + 1)
+
+    def _g2(self, t: float, following: float) -> float:
+        """The squared diffusion at t; where that of ``grpo`` is infinite, at t=1, its value at the next node."""
+        if self.diffusion == "grpo":
+            level = t if t < 1.0 else following
+            return self.eta**2 * (level / (1.0 - level))
+        return self.eta**2 * (t**4 if self.diffusion == "quadratic" else 1.0)
+
+    def kernel(self, process: Any, x: Tensor, x0_hat: Tensor, t: float, s: float) -> tuple[Tensor, float]:
+        """Mean and standard deviation of x_s given x_t = x and its clean prediction; without a window only."""
+        assert self.window is None, "inside a window the step's number decides"
+        if s == 0 or self.eta == 0:
+            return transfer(process, x, x0_hat, t, s), 0.0
+        return flow_sde(x, x0_hat, t, s, self._g2(t, s))
