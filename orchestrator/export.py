@@ -123,8 +123,10 @@ def _of_trial(root: str, name: str, text: str) -> Any:
     results.study()
     rows = {row["number"]: row for row in results.trials()}
     number = text.partition("=")[2]
+    if number == "best":
+        number = str(results.best()["number"])
     if not number.isdigit() or int(number) not in rows:
-        raise ValueError(f"study {name} has no trial {number!r}. It has {_span(sorted(rows))}.")
+        raise ValueError(f"study {name} has no trial {number!r}. It has {_span(sorted(rows))}, and best.")
     row = rows[int(number)]
     saved = Store(root, create=False).get_json("recipes", row["key"])
     if saved is None:

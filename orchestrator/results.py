@@ -95,6 +95,28 @@ class Results:
         except FileNotFoundError:
             return []
 
+    def best(self) -> dict[str, Any]:
+        """The winner of the study's last search: the best trial that went all the way, by its first objective.
+
+        Raises:
+            ValueError: the study has no search that finished a trial.
+        """
+        from tasks import registry
+
+        better: dict[str, str] = {}
+        for spec in [*(self.study().get("metrics") or []), "cost"]:
+            better |= registry.metrics.build(spec).better
+        for entry in reversed(self.search()):
+            column = f"value/{entry['objectives'][0]}"
+            rows = [
+                row for row in self.trials()
+                if row["part"] == entry["part"] and not row.get("stopped") and row.get(column) is not None
+            ]  # fmt: skip
+            if rows:
+                sign = 1 if better[entry["objectives"][0]] == "lower" else -1
+                return min(rows, key=lambda row: (sign * row[column], row["number"]))
+        raise ValueError(f"study {self.name} has no search with a finished trial, so it has no best one. Give a number.")
+
     def study(self) -> dict[str, Any]:
         """The frozen configuration.
 
