@@ -84,7 +84,11 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("name", help="a plug-in, or the word schedule")
     show.add_argument("file", nargs="?", metavar="FILE", help="a solver schedule as JSON")
     show.add_argument("--html", metavar="OUT", help="also draw the schedule, as a page of its own")
-    export = verb("export", "a recipe, or trial=N (or trial=best) of a finished study, as a diffusers scheduler that is checked", True)
+    export = verb(
+        "export",
+        "a recipe, or trial=N (or trial=best) of a finished study, as a diffusers scheduler that is checked",
+        True,
+    )
     export.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     train = verb("train", "train an embedded model again: digits, digits_flow, digits_classifier, digits_consistency")
     train.add_argument("name")

@@ -115,7 +115,9 @@ class Results:
             if rows:
                 sign = 1 if better[entry["objectives"][0]] == "lower" else -1
                 return min(rows, key=lambda row: (sign * row[column], row["number"]))
-        raise ValueError(f"study {self.name} has no search with a finished trial, so it has no best one. Give a number.")
+        raise ValueError(
+            f"study {self.name} has no search with a finished trial, so it has no best one. Give a number."
+        )
 
     def study(self) -> dict[str, Any]:
         """The frozen configuration.

@@ -132,6 +132,8 @@ def _drawn_schedules(table: list[Row], qualities: list[str], better: dict[str, s
     name = qualities[0]
     series = best_by_nfe(compared(table), name, better[name] == "lower")
     common = sorted({row.nfe for members in series.values() for row in members})
+    if not common:
+        return []
     pick = common[len(common) // 2]
     return [row for members in series.values() for row in members if row.nfe == pick]
 
