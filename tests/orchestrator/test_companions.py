@@ -16,6 +16,7 @@ from orchestrator import rows
 from orchestrator.measure import influences, paired_difference, scorers
 from orchestrator.plan import companions
 from orchestrator.ports import Proposal, WorkerLost
+from orchestrator.registries import searches
 from orchestrator.store import Store
 from orchestrator.study import MAX_ATTEMPTS, Study
 from tasks import run as tasks_run
@@ -161,6 +162,22 @@ def test_growing_a_trial_makes_only_the_new_companion_rows(study: Callable, laun
     assert spans(generated, companion_of(small).key) == [(40, 48), (48, 64)]
     fresh = launch(study(num_samples=64, root=small.root + "-fresh"))
     assert values(grown) == values(fresh)
+
+
+def test_a_race_over_the_trajectory_error_grows_the_companion_with_its_trials_and_stops_losers(
+    study: Callable, launch: Callable, generated: list, threads: Threads
+) -> None:
+    search = searches.complete(
+        {"name": "random", "space": {"nfe": [2, 3, 5, 8, 12]}, "num_trials": 8, "objective": VALUE, "held_out": 0,
+         "racing": {"start": 16, "factor": 2.0, "error": 0.2}, "parallel": 3}
+    )  # fmt: skip
+    one = study(search=search, num_samples=128)
+    done = launch(one, threads)
+    assert {trial.state for trial in done.trials} == {"complete"}
+    assert spans(generated, companion_of(one).key) == [(low, low + 16) for low in range(0, 128, 16)]  # each once
+    assert any(trial.stopped and trial.num_samples < 128 for trial in done.trials)
+    best = min((t for t in done.trials if not t.stopped), key=lambda t: t.values[VALUE])
+    assert best.recipe.nfe == max(t.recipe.nfe for t in done.trials)
 
 
 def test_a_trajectory_error_of_a_finished_study_makes_companion_rows_alone(
