@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.adapters.optuna_search.distributions import distribution, with_space
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
+from orchestrator.adapters.optuna_search.study import Seeds
 from orchestrator.registries import searches
 from orchestrator.space import Axis, Space, label
 
@@ -39,7 +40,7 @@ class CMAES(OptunaSpec):
         if not 0 < self.sigma <= 1:
             raise ValueError(f"search.sigma must be above 0 and at most 1, got {self.sigma}.")
 
-    def sampler(self, space: Space, seed: int, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
         """Optuna's CmaEsSampler; its state lies in the storage with the trials."""
         import optuna
 
@@ -55,7 +56,7 @@ class CMAES(OptunaSpec):
         numbers = {name: distribution(axes[name]) for name in point if axes[name].choices is None}
         numbers = {name: d for name, d in numbers.items() if not d.single()}
         made: Any = optuna.samplers.CmaEsSampler(
-            seed=seed,
+            seed=seeds.trial,
             x0={name: point[name] for name in numbers},
             sigma0=self.sigma,
             n_startup_trials=0,

@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.adapters.optuna_search.distributions import Covering, shared, with_space
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
+from orchestrator.adapters.optuna_search.study import Seeds
 from orchestrator.registries import searches
 from orchestrator.space import Space
 
@@ -26,12 +27,12 @@ class GP(OptunaSpec):
 
     num_startup_trials: int = 10
 
-    def sampler(self, space: Space, seed: int, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
         """Optuna's GPSampler."""
         import optuna
 
         fixed = shared(space)
-        made: Any = optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.num_startup_trials)
+        made: Any = optuna.samplers.GPSampler(seed=seeds.trial, n_startup_trials=self.num_startup_trials)
         sample = made.sample_relative
         made.sample_relative = lambda study, trial, _: sample(Covering(study, fixed), trial, fixed)
         return with_space(made, fixed)

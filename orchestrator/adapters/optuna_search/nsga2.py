@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.adapters.optuna_search.distributions import shared, with_space
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
+from orchestrator.adapters.optuna_search.study import Seeds
 from orchestrator.registries import searches
 from orchestrator.space import Space
 
@@ -29,8 +30,10 @@ class NSGA2(OptunaSpec):
         if self.population < 2:
             raise ValueError(f"search.population must be at least 2, got {self.population}.")
 
-    def sampler(self, space: Space, seed: int, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
         """Optuna's NSGAIISampler."""
         import optuna
 
-        return with_space(optuna.samplers.NSGAIISampler(seed=seed, population_size=self.population), shared(space))
+        return with_space(
+            optuna.samplers.NSGAIISampler(seed=seeds.trial, population_size=self.population), shared(space)
+        )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
+from orchestrator.adapters.optuna_search.study import Seeds
 from orchestrator.registries import searches
 from orchestrator.space import Space
 
@@ -18,8 +19,8 @@ class Random(OptunaSpec):
     Reference: Bergstra and Bengio 2012, "Random Search for Hyper-Parameter Optimization".
     """
 
-    def sampler(self, space: Space, seed: int, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
         """Optuna's RandomSampler."""
         import optuna
 
-        return optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.RandomSampler(seed=seeds.trial)

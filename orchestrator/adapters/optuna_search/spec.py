@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.adapters.optuna_search.study import OptunaSearch
+from orchestrator.adapters.optuna_search.study import OptunaSearch, Seeds
 from orchestrator.ports import SearchContext
 from orchestrator.racing import Racing
 from orchestrator.registries import searches
@@ -82,12 +82,12 @@ class OptunaSpec:
         """The values to optimise."""
         return self.objectives or (self.objective,)
 
-    def sampler(self, space: Space, seed: int, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
         """Optuna's sampler for the next trial.
 
         Args:
             space: what it ranges over.
-            seed: for this trial.
+            seeds: of this trial, and of the whole search.
             start: parameters of the best baseline, if it is a point of the space.
         """
         raise NotImplementedError

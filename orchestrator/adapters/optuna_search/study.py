@@ -34,6 +34,14 @@ MAX_REFUSED = 200
 
 
 @dataclass(frozen=True)
+class Seeds:
+    """Seeds of one trial (a new one every time) and of the search that it belongs to."""
+
+    trial: int
+    search: int
+
+
+@dataclass(frozen=True)
 class Baseline:
     """A known schedule: its name, what it overrides, and the nearest point of the space, if there is one."""
 
@@ -261,17 +269,22 @@ class OptunaSearch:
             return self._space.walk(suggest)
 
     def _sampler(self, is_baseline: bool, asked: list[Any], spent: list[Any]) -> Any:
-        digested = hashlib.sha256(f"{self._context.seed}/{self.name}/{len(asked)}".encode()).digest()
-        seed = int.from_bytes(digested[:4], "little")
+        seeds = Seeds(self._seed(f"/{len(asked)}"), self._seed(""))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some of Optuna's samplers are marked experimental
             if is_baseline:
-                return self._optuna.samplers.RandomSampler(seed=seed)
+                return self._optuna.samplers.RandomSampler(seed=seeds.trial)
             if len(spent) >= self._spec.num_trials:
-                from orchestrator.adapters.optuna_search.coordinate import CoordinateSampler
+                from orchestrator.adapters.optuna_samplers import CoordinateSampler
 
-                return CoordinateSampler(self._space, seed)
-            return self._spec.sampler(self._space, seed, self._best_baseline(asked))
+                # Baselines that are no points of the space have no place in the history that it refines.
+                before = sum(bool(t.params) for t in asked) - (len(spent) - self._spec.num_trials)
+                return CoordinateSampler(self._space, seeds.search, startup=max(before, 1))
+            return self._spec.sampler(self._space, seeds, self._best_baseline(asked))
+
+    def _seed(self, more: str) -> int:
+        digested = hashlib.sha256(f"{self._context.seed}/{self.name}{more}".encode()).digest()
+        return int.from_bytes(digested[:4], "little")
 
     def _best_baseline(self, asked: list[Any]) -> dict[str, Any] | None:
         """The point of the best finished baseline."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
+from orchestrator.adapters.optuna_search.study import Seeds
 from orchestrator.registries import searches
 from orchestrator.space import Space
 
@@ -23,10 +24,10 @@ class TPE(OptunaSpec):
 
     num_startup_trials: int = 10
 
-    def sampler(self, space: Space, seed: int, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
         """Optuna's TPESampler, multivariate, one group for each set of conditional axes."""
         import optuna
 
         return optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=self.num_startup_trials, multivariate=True, group=True
+            seed=seeds.trial, n_startup_trials=self.num_startup_trials, multivariate=True, group=True
         )
