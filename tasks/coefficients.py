@@ -124,11 +124,11 @@ def update(process: Any, step: Step, times: dict[int, float], s: float, correcti
         groups = [full] * len(full)
     order = len(groups) + 1
     origin = _place(process, step.variable, t, 0)
-    if step.prediction == "x0" and process.sigma(s) == 0 and step.variable != "index":
-        # The kernel c e^{-c (lam_s - lam)} has all its weight at the end.
+    if step.prediction == "x0" and process.sigma(s) == 0:
+        # The kernel c e^{-c (lam_s - lam)} has all its weight at the end. Steps in their own number weigh evenly.
         carry, zeroth, std = 0.0, process.alpha(s), 0.0
-        reach = _place(process, step.variable, s, 0) - origin
-        terms = [zeroth * reach**d / math.factorial(d) for d in range(order)]
+        even, reach = step.variable == "index", _place(process, step.variable, s, step.start) - origin
+        terms = [zeroth * reach**d / math.factorial(d + even) for d in range(order)]
     else:
         carry, zeroth, std, kernel = _form(process, step, t, s, h)
         terms = [zeroth, *(_moment(process, step, t, s, d, origin, zeroth, kernel) for d in range(1, order))]

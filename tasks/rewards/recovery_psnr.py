@@ -39,6 +39,7 @@ class RecoveryPSNR:
     peak: float = 2.0
 
     needs_labels = False
+    differentiable = True
 
     def __post_init__(self) -> None:
         if not self.peak > 0:

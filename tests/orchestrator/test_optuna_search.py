@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
@@ -271,3 +273,15 @@ def test_a_trial_that_another_launch_has_only_just_asked_for_is_left_to_it(
     third.tell(third.ask(), {LOSS: 1.0})  # the finished one, replayed
     third.ask()
     assert study.trials[1].state.name == "FAIL"  # its launch is taken to have died without having any parameters
+
+
+def test_the_thread_that_renews_leases_ends_with_its_search(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    search = start(tmp_path, DESCRIBED)
+    search.ask()
+    (thread,) = [t for t in set(threading.enumerate()) - before if t.name == "leases"]
+    assert thread.is_alive()
+    del search
+    gc.collect()
+    thread.join(timeout=5)
+    assert not thread.is_alive()

@@ -187,7 +187,7 @@ def test_no_call_to_a_further_model_exceeds_the_batch(monkeypatch):
 def test_what_does_not_belong_together_is_refused():
     labelled = {"name": "gmm", "labels": True}
     cases = [
-        ({"solver": "euler"}, "copies particles, but euler is deterministic"),
+        ({"solver": "euler"}, "takes weighted steps of its own, so solver euler would be ignored"),
         ({"solver": {"name": "ddim", "eta": 0.5}}, "takes weighted steps of its own, so solver ddim would be ignored"),
         ({"model": labelled, "guidance": "cfg"}, "guides by itself, so that it can weigh it, but guidance is cfg"),
         ({"strategy": {"name": "fkc", "scale": 2.0}}, "needs labels, but this study has none"),

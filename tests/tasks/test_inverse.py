@@ -264,7 +264,7 @@ def test_dps_and_active_sampling_look_through_a_network():
         ("dps", {"times": {"name": "travel"}}, "cannot follow times travel, which rise"),
         ("afdps", {"solver": "ddim"}, "strategy afdps weighs ancestral steps, but the solver is ddim"),
         ("afdps", {"solver": "flow_sde"}, "afdps weighs ancestral steps, but the solver is flow_sde"),
-        ("afdps", {"reward": "ink"}, "follows the gradient of its reward, which ink does not give"),
+        ("afdps", {"reward": "jpeg_compressibility"}, "gradient of its reward, which jpeg_compressibility does"),
         ({"name": "afdps", "kappa": 1.0}, {"reward": "quadratic"}, "needs the reward's Laplacian, which quadratic"),
         ({"name": "active_sampling", "acquisitions": 3}, {"reward": OWN}, "but the measurement has 2 entries"),
         ({"name": "afdps", "n": 0}, {}, "strategy.n must be at least 1, got 0"),

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import uuid
+import weakref
 from typing import Any
 
 from orchestrator.adapters.optuna_search.storage import patiently
@@ -27,8 +28,10 @@ class Leases:
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "launch": uuid.uuid4().hex}
         self._held: dict[int, int] = {}
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._renew, name="leases", daemon=True)
-        self._thread.start()
+        done = threading.Event()
+        weakref.finalize(self, done.set)  # the thread ends with the search that it serves
+        arguments = (weakref.ref(self), done, lease_s / 4)
+        threading.Thread(target=_keep_renewing, args=arguments, name="leases", daemon=True).start()
 
     def is_free(self, trial: Any) -> bool:
         """Whether nobody alive holds this RUNNING trial."""
@@ -59,13 +62,20 @@ class Leases:
         lease = self._owner | {"until": time.time() + self._lease_s}
         patiently(lambda: self._study._storage.set_trial_user_attr(trial_id, self.ATTRIBUTE, lease))
 
-    def _renew(self) -> None:
-        while True:
-            time.sleep(self._lease_s / 4)
-            with self._lock:
-                held = list(self._held.values())
-            for trial_id in held:
-                try:
-                    self._mark(trial_id)
-                except Exception as error:  # a finished trial takes no marks, a dead storage is somebody else's news
-                    log.debug("lease of trial %s not renewed: %s", trial_id, error)
+    def renew(self) -> None:
+        """Mark all held trials anew."""
+        with self._lock:
+            held = list(self._held.values())
+        for trial_id in held:
+            try:
+                self._mark(trial_id)
+            except Exception as error:  # a finished trial takes no marks, a dead storage is somebody else's news
+                log.debug("lease of trial %s not renewed: %s", trial_id, error)
+
+
+def _keep_renewing(leases: weakref.ref[Leases], done: threading.Event, every_s: float) -> None:
+    while not done.wait(every_s):
+        held = leases()
+        if held is not None:
+            held.renew()
+        del held

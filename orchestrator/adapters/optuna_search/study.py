@@ -240,7 +240,7 @@ class OptunaSearch:
                     self._walk(trial, fixed)
                 return self._proposal(trial.number, states.RUNNING, trial)
             params, overrides = self._walk(trial)
-            if len([t for t in spent if t.number < trial.number]) >= budget:
+            if sum(t.number < trial.number for t in self._counted()[1]) >= budget:
                 self._refuse(trial.number, trial._trial_id, "another launch was quicker")
                 return None
             if broken := self._breaks(overrides):
