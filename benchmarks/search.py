@@ -12,7 +12,7 @@ excess_ratio_nfeN        held-out Fréchet distance of the searched schedule abo
 trajectory_ratio_nfeN    held-out root mean square distance to the many-step solution, searched over best stock
 evaluations_vs_tpe       evaluations until the search holds a schedule as good, on held-out samples, as plain TPE (fresh
                          samples and all of them for every trial, no baselines) has after 200 trials, over TPE's
-predictor_rank_correlation  Spearman, between predicted and true quality of 40 schedules that the predictor has not seen,
+predictor_rank_correlation  Spearman, between predicted and true quality of 40 schedules that it has not seen,
                          after a warm-up of 30 random ones; three of four are children of the best four, one is random.
                          5 evaluations, 512 samples, the same for all; a seed changes the search alone
 predictor_saving         1 - trials of the predictor-guided evolution over 100, to the quality that the same without
