@@ -1,6 +1,6 @@
 """Does a search pay: better schedules than the published ones, for a fraction of the evaluations, on fresh seeds.
 
-    python -m benchmarks.search [--part quality|trajectory|tpe|predictor|dynamic|overhead] [--model NAME] [--nfe 3,4]
+    python -m benchmarks.search [--part quality|trajectory|tpe|predictor|overhead] [--model NAME] [--nfe 3,4]
                                 [--seeds 5] [--keep DIR] [--only-kept] [--quick] [--json]
 
 Everything runs through studies as a user would write them. ``--keep DIR`` holds what was measured, one JSON line a cell
@@ -12,9 +12,11 @@ excess_ratio_nfeN        held-out Fréchet distance of the searched schedule abo
 trajectory_ratio_nfeN    held-out root mean square distance to the many-step solution, searched over best stock
 evaluations_vs_tpe       evaluations until the search holds a schedule as good, on held-out samples, as plain TPE (fresh
                          samples and all of them for every trial, no baselines) has after 200 trials, over TPE's
-predictor_rank_correlation  Spearman, between predicted and true quality of schedules the predictor has not seen
-predictor_saving         evaluations of the predictor-guided evolution over those of the same without predictor, to the
-                         same quality
+predictor_rank_correlation  Spearman, between predicted and true quality of 40 schedules that it has not seen,
+                         after a warm-up of 30 random ones; three of four are children of the best four, one is random.
+                         5 evaluations, 512 samples, the same for all; a seed changes the search alone
+predictor_saving         1 - trials of the predictor-guided evolution over 100, to the quality that the same without
+                         predictor has after 100 (warm-ups counted; gmm, or the model that --model names)
 trial_overhead_ms        ask, plan, tell and track of a trial, SQLite, 10 parameters, 500 trials, rows already there
 """
 
@@ -31,8 +33,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.harness import Figure, arguments, commit, publish
 from orchestrator import config
+from orchestrator.adapters.optuna_samplers import S3Sampler
+from orchestrator.adapters.optuna_samplers.history import History, Point, best
+from orchestrator.adapters.optuna_samplers.points import key_of
 from orchestrator.executors.local import LocalExecutor
 from orchestrator.ledger import Ledger
 from orchestrator.measure import measure, scorers
@@ -40,6 +47,7 @@ from orchestrator.plan import shards
 from orchestrator.progress import Progress
 from orchestrator.registries import searches, trackers
 from orchestrator.results import Results
+from orchestrator.space import Space
 from orchestrator.store import Store
 from orchestrator.study import run as run_study
 from orchestrator.worker import perform
@@ -48,6 +56,7 @@ MODELS = ("digits", "digits_flow", "gmm")
 NFES = (3, 4, 5, 6, 8)
 FRECHET, TRAJECTORY = "quality/frechet", "quality/trajectory_error"
 HELD_OUT = 4096
+PREDICTED_NFE, PREDICTED_SAMPLES = 5, 512
 RACING = "{start: 256, factor: 2.0, error: 0.2, margin: 0.05}"
 
 
@@ -230,10 +239,14 @@ def held_out_value(recipe: Any, overrides: Mapping[str, Any], root: Path, metric
     """The true quality of a schedule: on held-out samples, charged to nobody."""
     store = Store(root)
     found = recipe.override({k: v for k, v in overrides.items() if k not in ("num_samples", "first_index")})
-    span = (2**30, 2**30 + HELD_OUT)
-    for shard in shards(found, scorers(metrics), *span, 1024, store):
+    return distance(found, metrics, (2**30, 2**30 + HELD_OUT), store)
+
+
+def distance(recipe: Any, metrics: list[Any], span: tuple[int, int], store: Store) -> float:
+    """The Fréchet distance of a range of samples."""
+    for shard in shards(recipe, scorers(metrics), *span, 1024, store):
         perform(shard)
-    return measure(found, metrics, *span, store)[0][FRECHET]
+    return measure(recipe, metrics, *span, store)[0][FRECHET]
 
 
 def against_tpe(nfe: int, seeds: int, kept: Kept, trials: int, full: int, model: str = "digits_flow") -> None:
@@ -265,6 +278,86 @@ def against_tpe(nfe: int, seeds: int, kept: Kept, trials: int, full: int, model:
 
 
 # --- the predictor ----------------------------------------------------------------------------------------------------
+
+
+class Truth:
+    """True quality of points of a cell's space: Fréchet distance on the same samples for all, each measured once."""
+
+    def __init__(self, model: str, kept: Kept) -> None:
+        lines = [*common(model, 0, FRECHET), f"nfe={PREDICTED_NFE}", "solver=dpmpp_2m", "space=schedule", "search=s3"]
+        study = prepared(kept.folder, *lines, "name=predictor")
+        self.space = Space(study.search["space"], study.recipe)
+        self._recipe, self._metrics, self._file = study.recipe, study.metrics, kept.folder / f"truth-{model}.jsonl"
+        entries = self._file.read_text().splitlines() if self._file.exists() else []
+        self._values: dict[str, float] = dict(json.loads(entry) for entry in entries)
+
+    def __call__(self, params: Mapping[str, Any]) -> float:
+        """The distance; infinite where a schedule blows up."""
+        key = key_of(self.space, params)
+        if key not in self._values:
+            recipe = self._recipe.override(dict(self.space.decode(params)))
+            with tempfile.TemporaryDirectory() as folder:
+                value = distance(recipe, self._metrics, (0, PREDICTED_SAMPLES), Store(folder))
+            self._values[key] = value if math.isfinite(value) else math.inf
+            with self._file.open("a") as file:
+                file.write(json.dumps([key, self._values[key]]) + "\n")
+        return self._values[key]
+
+
+def evolved(sampler: Any, truth: Truth, trials: int, target: float = -math.inf) -> list[Point]:
+    """What a sampler finds, one trial after another, until one is as good as the target."""
+    points: list[Point] = []
+    losses: dict[str, float] = {}
+    for position in range(trials):
+        params = sampler.propose(History(tuple(points), losses, position))
+        losses[key_of(truth.space, params)] = loss = truth(params)
+        if math.isfinite(loss):
+            points.append(Point(params, loss, position))
+        if loss <= target:
+            break
+    return points
+
+
+def predicted(models: Iterable[str], seeds: int, kept: Kept, warm_up: int, fresh: int) -> None:
+    """Rank correlation on unseen schedules after the warm-up: of every four, three are children, one is random."""
+    from scipy.stats import spearmanr
+
+    for model in models:
+        truth = Truth(model, kept)
+        for seed in range(seeds):
+            key = {"part": "predictor", "model": model, "nfe": PREDICTED_NFE, "seed": seed, "warm_up": warm_up}
+            if kept.find(**key) is not None:
+                continue
+            sampler = S3Sampler(truth.space, seed, startup=warm_up, pool=2 * fresh)
+            known = evolved(sampler, truth, warm_up)
+            parents = [point.params for point in best(tuple(known), sampler.parents)]
+            taken = {key_of(truth.space, point.params) for point in known}
+            unseen: dict[str, tuple[Any, bool]] = {}
+            for i, params in enumerate(sampler.children(parents, sampler.generator("unseen"), mixed=True)):
+                if len(unseen) < fresh and (name := key_of(truth.space, params)) not in taken:
+                    unseen.setdefault(name, (params, i % 4 != 3))
+            began = time.process_time()
+            guess = sampler.fitted(known, seed)([params for params, _ in unseen.values()])
+            cell = {"unseen": len(unseen), "seconds": time.process_time() - began}
+            found = np.array([truth(params) for params, _ in unseen.values()])
+            is_child = np.array([flag for _, flag in unseen.values()])
+            cell["correlation"] = float(spearmanr(guess, found).statistic)
+            cell["among_children"] = float(spearmanr(guess[is_child], found[is_child]).statistic)
+            show(key, kept.add(key | cell))
+
+
+def saved(models: Iterable[str], seeds: int, kept: Kept, trials: int) -> None:
+    """Evaluations to the quality of the evolution without predictor."""
+    for model in models:
+        truth = Truth(model, kept)
+        for seed in range(seeds):
+            key = {"part": "saving", "model": model, "nfe": PREDICTED_NFE, "seed": seed, "trials": trials}
+            if kept.find(**key) is None:
+                plain = best(tuple(evolved(S3Sampler(truth.space, seed, predictor=False), truth, trials)), 1)[0]
+                mine = evolved(S3Sampler(truth.space, seed), truth, 2 * trials, plain.loss)
+                reached = mine[-1].position + 1 if mine[-1].loss <= plain.loss else math.inf
+                show(key, kept.add(key | {"target": plain.loss, "plain": plain.position + 1, "guided": reached}))
+
 
 # --- overhead ---------------------------------------------------------------------------------------------------------
 
@@ -312,6 +405,12 @@ def figures(kept: Kept) -> list[Figure]:
     tpe = [c["ours"] / c["plain"] if math.isfinite(c["ours"]) else math.inf for c in cells if c["part"] == "tpe"]
     if tpe:
         found.append(Figure("evaluations_vs_tpe", statistics.median(tpe), "ratio", "lower", "<= 0.2"))
+    ranks = [c["correlation"] for c in cells if c["part"] == "predictor"]
+    if ranks:
+        found.append(Figure("predictor_rank_correlation", statistics.median(ranks), "rho", "higher", ">= 0.7"))
+    spared = [1 - c["guided"] / c["trials"] for c in cells if c["part"] == "saving"]
+    if spared:
+        found.append(Figure("predictor_saving", statistics.median(spared), "share", "higher"))
     return found
 
 
@@ -377,12 +476,16 @@ def main() -> None:
         quality(models, nfes or (3, 4, 5, 6), seeds, kept, trials, full)
     if "tpe" in parts:
         against_tpe(4, seeds, kept, 20 if args.quick else 200, full)
+    if "predictor" in parts:
+        chosen = ["gmm"] if args.quick and not args.model else models
+        predicted(chosen, seeds, kept, 30, 40)
+        saved([args.model] if args.model else ["gmm"], seeds, kept, 30 if args.quick else trials)
     table(kept)
     print(f"\ncommit {commit()}")
     publish([*figures(kept), *more] or [Figure("cells", len(kept.all()), "cells", "higher")], args.json)
 
 
-PARTS = ("overhead", "trajectory", "quality", "tpe")
+PARTS = ("overhead", "trajectory", "quality", "tpe", "predictor")
 
 if __name__ == "__main__":
     main()

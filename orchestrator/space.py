@@ -83,6 +83,7 @@ class Axis:
         if self.step is not None:
             value = self.low + round((value - self.low) / self.step) * self.step
             value = value if value <= self.high + 1e-12 else value - self.step
+            value = float(f"{value:.12g}")  # 0.3, not 0.1 + 0.1 + 0.1: what a storage takes for a multiple of its step
         return round(value) if self.is_whole else float(value)
 
     def features(self, value: Any) -> list[float]:

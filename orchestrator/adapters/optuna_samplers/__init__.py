@@ -7,7 +7,6 @@ space and the seed of the search, and decide from the trials that their study ha
 
 from orchestrator.adapters.optuna_samplers.autodiffusion import AutoDiffusionSampler
 from orchestrator.adapters.optuna_samplers.coordinate import CoordinateSampler
-from orchestrator.adapters.optuna_samplers.distributions import distribution
 from orchestrator.adapters.optuna_samplers.s3 import S3Sampler
 
-__all__ = ["AutoDiffusionSampler", "CoordinateSampler", "S3Sampler", "distribution"]
+__all__ = ["AutoDiffusionSampler", "CoordinateSampler", "S3Sampler"]

@@ -11,8 +11,8 @@ import numpy as np
 from orchestrator.adapters.optuna_samplers import history
 from orchestrator.adapters.optuna_samplers.history import History
 from orchestrator.adapters.optuna_samplers.nodes import RATIO, SKIP, is_apart, nodes_of, ratios_of, split
-from orchestrator.adapters.optuna_samplers.point_sampler import PointSampler
-from orchestrator.adapters.optuna_samplers.points import Params, axes_of
+from orchestrator.adapters.optuna_samplers.point_sampler import ATTEMPTS, PointSampler
+from orchestrator.adapters.optuna_samplers.points import Params, axes_of, key_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class AutoDiffusionSampler(PointSampler):
                 return self._crossed(_any(parents, generator), _any(parents, generator), share, generator)
             return self._bounded(self.space.sample(generator), share, generator)
 
-        return self.new(found, draw)
+        return self.new(found, draw, lambda params: self._bounded(params, share, generator))
 
     # --- the two stages ----------------------------------------------------------------------------------------------
 
@@ -141,18 +141,22 @@ class AutoDiffusionSampler(PointSampler):
             for i, node in enumerate(nodes_of(parent), 1):
                 if all(is_apart(node, other, axes) for other, _ in union):
                     union.append((node, parent.get(f"{SKIP}.{i}")))
-        chosen = sorted((union[int(i)] for i in generator.permutation(len(union))[:count]), key=lambda n: -n[0])
+        chosen = [union[int(i)] for i in generator.permutation(len(union))[:count]]
         made = dict(a)
         for name in a:  # decisions that are no nodes come from either parent
             if split(name)[0] != RATIO and name != "nfe" and name in b and generator.uniform() < 0.5:
                 made[name] = b[name]
-        made |= {f"{SKIP}.{i}": mask for i, (_, mask) in enumerate(chosen, 1) if mask is not None}
-        if len(chosen) == count:
-            made |= ratios_of([node for node, _ in chosen], axes)
-        return self._bounded(made, share, generator)
+        return self._bounded(made | _in_order(chosen, axes), share, generator)
 
     def _mutant(self, params: Params, rate: float, share: float, generator: np.random.Generator) -> dict[str, Any]:
-        """A copy of which at least one gene changed."""
+        """A copy that runs something else: what rounding or the bound on skips undo is tried again."""
+        for _ in range(ATTEMPTS):
+            made = self._bounded(self._changed(params, rate, share, generator), share, generator)
+            if key_of(self.space, made) != key_of(self.space, params):
+                break
+        return made
+
+    def _changed(self, params: Params, rate: float, share: float, generator: np.random.Generator) -> dict[str, Any]:
         axes = axes_of(self.space)
         genes = [name for name in params if name != "nfe" and (split(name)[0] != SKIP or share > 0)]
         chosen = [name for name in genes if generator.uniform() < rate] or [str(generator.choice(genes))]
@@ -169,7 +173,14 @@ class AutoDiffusionSampler(PointSampler):
                     made[name] ^= 1 << bit
             else:
                 made[name] = axes[name].sample(generator)
-        return self._bounded(made | ratios_of(nodes, axes), share, generator)
+        return made | _in_order([(node, made.get(f"{SKIP}.{i}")) for i, node in enumerate(nodes, 1)], axes)
+
+
+def _in_order(nodes: Sequence[tuple[float, Any]], axes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nodes with the mask of the step that begins there, in any order, as parameters."""
+    ordered = sorted(nodes, key=lambda node: -node[0])
+    masks = {f"{SKIP}.{i}": mask for i, (_, mask) in enumerate(ordered, 1) if mask is not None}
+    return masks | ratios_of([node for node, _ in ordered], axes)
 
 
 def _free(others: Sequence[float], axes: Mapping[str, Any], generator: np.random.Generator) -> float:

@@ -90,7 +90,9 @@ class CoordinateSampler(PointSampler):
                 if moved is not None:
                     point, loss = moved, moved_loss
                 elif steps.get(name, self.step) >= self.min_step:
-                    steps[name] = steps.get(name, self.step) / 2
+                    # Nothing about a switch shrinks: one that did not help is not tried again.
+                    is_choice = axes_of(self.space)[name].choices is not None
+                    steps[name] = 0.0 if is_choice else steps.get(name, self.step) / 2
                     is_smaller = True
             if point != before:
                 point, loss = yield from self._extended(before, point, loss)
@@ -114,7 +116,6 @@ class CoordinateSampler(PointSampler):
             return None, loss
         axis = axes_of(self.space)[name]
         if axis.choices is not None:
-            # Switches are tried at the first step only: nothing about them shrinks.
             values = [choice for choice in axis.choices if not same(choice, point[name])]
         else:
             values = [_moved(axis, point[name], sign * step) for sign in (1, -1)]

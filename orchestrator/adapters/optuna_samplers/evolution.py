@@ -20,7 +20,7 @@ import numpy as np
 
 from orchestrator.adapters.optuna_samplers.nodes import RATIO, nodes_of, ratios_of, split
 from orchestrator.adapters.optuna_samplers.points import Params, axes_of
-from orchestrator.space import Axis, Space
+from orchestrator.space import Axis, Space, same
 
 ORDER_PRIOR = {1: 0.2, 2: 0.4, 3: 0.3, 4: 0.1}
 
@@ -100,7 +100,7 @@ class Evolution:
         if axis.choices is None:
             unit = axis.unit(value) + width * float(generator.normal())
             return axis.at(min(max(unit, 0.0), 1.0))
-        others = [choice for choice in axis.choices if choice is not value and choice != value]
+        others = [choice for choice in axis.choices if not same(choice, value)]
         if not others:
             return value
         prior = np.ones(len(others))

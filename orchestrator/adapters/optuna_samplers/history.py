@@ -13,14 +13,11 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from orchestrator.adapters.optuna_samplers.points import key_of, placed
+from orchestrator.adapters.optuna_search.study import BASELINE, POINT, SAMPLES
 from orchestrator.space import Space
 from tasks.recipe import canonical
 
 _placed: WeakKeyDictionary[Space, dict[str, dict[str, Any] | None]] = WeakKeyDictionary()
-
-BASELINE = "solvus.baseline"  # user attribute of trials that no search proposed
-POINT = "solvus.point"  # the point nearest to such a trial, where it is none itself
-SAMPLES = "solvus.samples"  # on how many samples a value rests
 
 
 @dataclass(frozen=True)

@@ -44,4 +44,4 @@ def ratios_of(nodes: Sequence[float], axes: Mapping[str, Axis]) -> dict[str, flo
 
 def is_apart(a: float, b: float, axes: Mapping[str, Axis]) -> bool:
     """Whether two nodes can both be nodes of one grid."""
-    return min(a, b) <= axes[f"{RATIO}.1"].high * max(a, b) * (1 + 1e-9)
+    return min(a, b) <= min(axes[f"{RATIO}.1"].high, 0.999) * max(a, b) * (1 + 1e-9)  # 0.999: as a schedule's own

@@ -11,6 +11,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,13 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from orchestrator.adapters.optuna_samplers import history
-from orchestrator.adapters.optuna_samplers.distributions import distribution
 from orchestrator.adapters.optuna_samplers.history import History
-from orchestrator.adapters.optuna_samplers.points import axes_of, key_of
+from orchestrator.adapters.optuna_samplers.points import axes_of, every, key_of
+from orchestrator.adapters.optuna_search.distributions import distribution
 from orchestrator.space import Space, label
 
-ATTEMPTS = 64  # at a point that is new, before a small space counts as used up
+ATTEMPTS = 64  # at drawing a point that is new
+LISTED = 4096  # points that are looked through after that, before a space counts as used up
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,16 +51,27 @@ class PointSampler(BaseSampler):
         text = "/".join(map(str, (self.seed, type(self).__name__, *purpose)))
         return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
 
-    def new(self, found: History, draw: Callable[[], dict[str, Any]], taken: set[str] | None = None) -> dict[str, Any]:
-        """A drawn point that nobody tried, or the last one drawn where the space seems used up."""
-        taken = set() if taken is None else taken
-        for _ in range(ATTEMPTS):
-            params = draw()
-            key = key_of(self.space, params)
-            if not found.knows(key) and key not in taken:
-                break
-        taken.add(key)
-        return params
+    def new(
+        self,
+        found: History,
+        draw: Callable[[], dict[str, Any]],
+        allowed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> dict[str, Any]:
+        """A point that nobody tried: drawn, or else random, or else the next of all; one drawn where none is left.
+
+        Args:
+            found: what was tried.
+            draw: draws a point.
+            allowed: makes a point of the space one that may be proposed now.
+        """
+        generator = self.generator("new", found.position)
+        drawn = (draw() for _ in range(ATTEMPTS))
+        random = (allowed(self.space.sample(generator)) for _ in range(ATTEMPTS))
+        rest = (allowed(params) for params in islice(every(self.space), LISTED))
+        for params in chain(drawn, random, rest):
+            if not found.knows(key_of(self.space, params)):
+                return params
+        return draw()
 
     # --- what Optuna asks --------------------------------------------------------------------------------------------
 

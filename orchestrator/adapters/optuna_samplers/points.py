@@ -6,7 +6,7 @@ kept as long as its space.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,6 +46,36 @@ def _run(space: Space, params: Params) -> tuple[str, dict[str, Any]]:
         overrides = space.decode(params)
         runs[name] = digest(overrides), overrides
     return runs[name]
+
+
+def every(space: Space) -> Iterator[dict[str, Any]]:
+    """All points of a space of choices and spaced values, in order; other intervals stay in their middle."""
+    path: list[int] = []  # which of its values each axis of the walk takes
+    while True:
+        counts: list[int] = []
+
+        def suggest(axis: Axis, counts: list[int] = counts) -> Any:
+            values = _values(axis)
+            counts.append(len(values))
+            if len(path) < len(counts):
+                path.append(0)
+            return values[path[len(counts) - 1]]
+
+        yield space.walk(suggest)[0]
+        while path and path[-1] + 1 == counts[len(path) - 1]:
+            path.pop()
+        if not path:
+            return
+        path[-1] += 1
+
+
+def _values(axis: Axis) -> Sequence[Any]:
+    if axis.choices is not None:
+        return axis.choices
+    step = axis.step or (1 if axis.is_whole else 0)
+    if not step:
+        return [axis.at(0.5)]
+    return [axis.nearest(axis.low + i * step) for i in range(int((axis.high - axis.low) / step + 1e-9) + 1)]
 
 
 def placed(space: Space, params: Params) -> dict[str, Any] | None:

@@ -113,6 +113,8 @@ def _process(columns: np.ndarray, target: np.ndarray) -> _Process:
 
     centre, scale = columns.mean(axis=0), columns.std(axis=0)
     varies = scale > 1e-9
+    if not varies.any():  # points that the probes cannot tell apart
+        varies, scale = np.full_like(varies, True), np.ones_like(scale)
     width = max(float(varies.sum()), 1.0) ** 0.5  # the typical distance of two points, over sqrt 2
     smooth = ConstantKernel(1.0, (0.1, 100.0)) * Matern(2 * width, (width / 10, width * 30), nu=2.5)
     model = GaussianProcessRegressor(smooth + WhiteKernel(0.1, (1e-3, 1.0)), random_state=0)

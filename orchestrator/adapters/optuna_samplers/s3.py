@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from orchestrator.adapters.optuna_samplers import history
 from orchestrator.adapters.optuna_samplers.evolution import Evolution
 from orchestrator.adapters.optuna_samplers.history import History, Point
 from orchestrator.adapters.optuna_samplers.point_sampler import PointSampler
-from orchestrator.adapters.optuna_samplers.points import key_of
+from orchestrator.adapters.optuna_samplers.points import Params, key_of
 from orchestrator.adapters.optuna_samplers.predictor import Features, Predictor
 from orchestrator.space import Space
 
@@ -89,18 +90,14 @@ class S3Sampler(PointSampler):
         return stages[settings, first, evaluated]
 
     def _evolved(self, known: tuple[Point, ...], first: int) -> list[dict[str, Any]]:
+        """Children that nobody ran, of the generations on a predictor, the most promising first."""
         generator = self.generator("stage", first)
-        if self.space not in _features:
-            _features[self.space] = Features(self.space)
-        predictor = Predictor(_features[self.space], known, int(generator.integers(2**31)))
+        predictor = self.fitted(known, int(generator.integers(2**31)))
         taken = {key_of(self.space, point.params) for point in known if point.is_exact}
-        best = [point.params for point in history.best(known, self.parents)]
-        parents, evolution = best, Evolution(self.space)
+        parents = best = [point.params for point in history.best(known, self.parents)]
         children: list[dict[str, Any]] = []
         for generation in range(self.generations):
-            for i in range(self.pool):
-                is_random = generation == 0 and i % 4 == 3
-                child = self.space.sample(generator) if is_random else evolution.child(parents, generator)
+            for child in self.children(parents, generator, mixed=generation == 0):
                 key = key_of(self.space, child)
                 if key not in taken:
                     taken.add(key)
@@ -110,3 +107,17 @@ class S3Sampler(PointSampler):
             order = np.argsort(-predictor.improvement(children), kind="stable")
             parents = [*(children[i] for i in order[: self.parents]), *best[: (self.parents + 1) // 2]]
         return [children[i] for i in order]
+
+    def children(self, parents: Sequence[Params], generator: np.random.Generator, mixed: bool) -> list[dict[str, Any]]:
+        """A generation of the evolution; mixed, every fourth point is random instead."""
+        evolution = Evolution(self.space)
+        return [
+            self.space.sample(generator) if mixed and i % 4 == 3 else evolution.child(parents, generator)
+            for i in range(self.pool)
+        ]
+
+    def fitted(self, known: Sequence[Point], seed: int) -> Predictor:
+        """The predictor that these points teach; two exact ones at least."""
+        if self.space not in _features:
+            _features[self.space] = Features(self.space)
+        return Predictor(_features[self.space], known, seed)

@@ -27,6 +27,8 @@ from tasks.registry import unknown
 
 log = logging.getLogger("solvus")
 
+# User attributes of trials. Baselines, which no search proposed: name, what they override, the nearest point of the
+# space. Others: on how many samples a value rests, why a trial was refused.
 BASELINE, OVERRIDES, POINT = "solvus.baseline", "solvus.overrides", "solvus.point"
 SAMPLES, REASON = "solvus.samples", "solvus.reason"
 # How many proposals in a row may break a constraint before the search gives up.
@@ -277,9 +279,10 @@ class OptunaSearch:
             if len(spent) >= self._spec.num_trials:
                 from orchestrator.adapters.optuna_samplers import CoordinateSampler
 
-                # Baselines that are no points of the space have no place in the history that it refines.
-                before = sum(bool(t.params) for t in asked) - (len(spent) - self._spec.num_trials)
-                return CoordinateSampler(self._space, seeds.search, startup=max(before, 1))
+                # What came up to the last trial of the search proper; baselines outside of the space have no place.
+                last = spent[self._spec.num_trials - 1].number
+                before = sum(t.number <= last and (bool(t.params) or BASELINE not in t.user_attrs) for t in asked)
+                return CoordinateSampler(self._space, seeds.search, startup=before)
             return self._spec.sampler(self._space, seeds, self._best_baseline(asked))
 
     def _seed(self, more: str) -> int:
