@@ -53,6 +53,7 @@ from orchestrator.study import run as run_study
 from orchestrator.worker import perform
 
 MODELS = ("digits", "digits_flow", "gmm")
+SPACES = {"digits": "weights", "digits_flow": "velocity", "gmm": "weights"}  # the form that suits the process
 NFES = (3, 4, 5, 6, 8)
 FRECHET, TRAJECTORY = "quality/frechet", "quality/trajectory_error"
 HELD_OUT = 4096
@@ -126,7 +127,7 @@ def searched(model: str, nfe: int, seed: int, objective: str, trials: int, root:
     """The search and its answer on held-out samples."""
     racing = f"search.racing={RACING if objective == FRECHET else '{}'}"
     rows = run(
-        root, *common(model, seed, objective), *search_of(trials), "space=schedule",
+        root, *common(model, seed, objective), *search_of(trials), f"space={SPACES[model]}",
         f"search.objective={objective}", racing, f"search.held_out={HELD_OUT if objective == FRECHET else 512}",
         f"num_samples={full}", f"nfe={nfe}", "solver=dpmpp_2m", f"name=search-{objective[8:12]}-{model}-{nfe}-{seed}",
     )  # fmt: skip
@@ -257,7 +258,7 @@ def against_tpe(nfe: int, seeds: int, kept: Kept, trials: int, full: int, model:
             continue
         root = kept.folder / f"{model}-tpe"
         base = [*common(model, seed, FRECHET), f"num_samples={full}", f"nfe={nfe}", "solver=dpmpp_2m"]
-        ours = prepared(root, *base, *search_of(trials), "space=schedule", "search.held_out=0", f"name=tpe-ours-{seed}")
+        ours = prepared(root, *base, *search_of(trials), f"space={SPACES[model]}", "search.held_out=0", f"name=tpe-ours-{seed}")
         tpe = {"name": "tpe", "space": ours.search["space"], "num_trials": trials, "held_out": 0, "part": "search"}
         plain = replace(ours, name=f"tpe-plain-{seed}", search={"name": "fresh_samples", "inner": tpe, "samples": full})
         tried = carry_out(plain)

@@ -100,7 +100,8 @@ def test_a_preset_and_the_same_steps_written_out_share_states() -> None:
 def a_step(order: int, prediction: str, variable: str, corrector: str, kappa: float, churn: float, call: str) -> Step:
     return Step(
         order, prediction, "u" if prediction == "v" else variable, corrector=corrector,
-        kappa=0.0 if prediction == "v" or corrector != "none" else kappa, churn=churn if call == "model" else 0.0, call=call,
+        kappa=0.0 if prediction == "v" or corrector != "none" else kappa,
+        churn=churn if call == "model" else 0.0, call=call,
     )  # fmt: skip
 
 
