@@ -258,7 +258,8 @@ def against_tpe(nfe: int, seeds: int, kept: Kept, trials: int, full: int, model:
             continue
         root = kept.folder / f"{model}-tpe"
         base = [*common(model, seed, FRECHET), f"num_samples={full}", f"nfe={nfe}", "solver=dpmpp_2m"]
-        ours = prepared(root, *base, *search_of(trials), f"space={SPACES[model]}", "search.held_out=0", f"name=tpe-ours-{seed}")
+        base += [f"space={SPACES[model]}", "search.held_out=0"]
+        ours = prepared(root, *base, *search_of(trials), f"name=tpe-ours-{seed}")
         tpe = {"name": "tpe", "space": ours.search["space"], "num_trials": trials, "held_out": 0, "part": "search"}
         plain = replace(ours, name=f"tpe-plain-{seed}", search={"name": "fresh_samples", "inner": tpe, "samples": full})
         tried = carry_out(plain)
