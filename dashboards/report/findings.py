@@ -42,20 +42,28 @@ class Judge:
 
     def difference(self, a: Row, b: Row) -> str:
         """a minus b with its 95 % interval: paired where the rows are still there, else as if independent."""
-        effects = []
-        for row in (a, b):
-            spec = self._store.get_json("recipes", row.data["key"])
-            first, count = row.span
-            try:
-                if spec is None:
-                    raise KeyError(row.data["key"])
-                recipe = Recipe(**spec)
-                effects.append(measure.influences(recipe, self._metric, self.name, first, first + count, self._store))
-            except (KeyError, CorruptShard):
-                error = (a.error(self.name) ** 2 + b.error(self.name) ** 2) ** 0.5
-                return f"{a.measured(self.name) - b.measured(self.name):+.3g} ± {Z95 * error:.2g} (unpaired)"
-        value, error = measure.paired_difference(*effects)
+        try:
+            value, error = measure.paired_difference(*(self._effects(row, row.span[1]) for row in (a, b)))
+        except (KeyError, CorruptShard):
+            error = (a.error(self.name) ** 2 + b.error(self.name) ** 2) ** 0.5
+            return f"{a.measured(self.name) - b.measured(self.name):+.3g} ± {Z95 * error:.2g} (unpaired)"
         return f"{value:+.3g} ± {Z95 * error:.2g} (paired)"
+
+    def on_first(self, row: Row, count: int) -> float | None:
+        """A trial's value on the first ``count`` of its samples alone; None where it has fewer or they are gone."""
+        if count > row.span[1]:
+            return None
+        try:
+            return self._effects(row, count)[0]
+        except (KeyError, CorruptShard):
+            return None
+
+    def _effects(self, row: Row, count: int) -> tuple[float, Any]:
+        spec = self._store.get_json("recipes", row.data["key"])
+        if spec is None:
+            raise KeyError(row.data["key"])
+        first = row.span[0]
+        return measure.influences(Recipe(**spec), self._metric, self.name, first, first + count, self._store)
 
 
 def _winners(pool: list[Row], judge: Judge) -> list[str]:

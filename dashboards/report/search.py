@@ -70,13 +70,18 @@ def _answer(rows: list[Row], held: list[Row], judge: Judge) -> list[str]:
     again = _same(held, winner)
     if again is not None:
         lines.append(f"On held-out samples it has {interval(again, judge.name)} ({_samples(again)}).")
-        gap = again.measured(judge.name) - winner.measured(judge.name)
-        if again.span[1] == winner.span[1]:
-            lines.append(f"The optimism of the choice, held-out minus selection value, is {gap:+.3g}.")
-        else:
+        # At equal sample counts, or the metric's own bias would pass for optimism.
+        equal = judge.on_first(again, winner.span[1])
+        if equal is None:
             lines.append(
-                f"Held-out minus selection value is {gap:+.3g}, at other sample counts: part of it is the metric's own "
-                "bias, so set search.held_out to the number of samples of a trial to see the optimism alone."
+                f"It was measured on fewer than the {_samples(winner)} that it was chosen on, so the optimism of the "
+                "choice is not known: set search.held_out to as many or more."
+            )
+        else:
+            gap = equal - winner.measured(judge.name)
+            lines.append(
+                f"The optimism of the choice is {gap:+.3g}: {equal:.3f} on the first {_samples(winner)} of the held-out "
+                f"ones, against {winner.measured(judge.name):.3f} on those it was chosen on."
             )
     if known is None:
         return [*lines, "No baseline was tried: set search.baselines=stock."]

@@ -191,3 +191,23 @@ def test_a_unified_solver_is_shown_by_its_preset_and_what_changed() -> None:
     assert label() == "unipc"
     assert label(max_order=2, hooks=[{"name": "dual_fast"}]) == "unipc (2, dual_fast)"
     assert label(steps=[{}]) == "own schedule"
+
+
+def test_a_search_is_answered_on_held_out_samples_with_its_optimism_at_equal_counts(
+    solvus: Solvus, tmp_path: Path
+) -> None:
+    """The same trial run on as many fresh samples by hand has the value that the report compares with."""
+    plain = ["run", "model=gmm", "metrics=[{name:frechet,features:identity}]", "num_samples=64", "batch_size=32"]
+    plain += ["tracker=none", "solver=ddim", f"root={tmp_path}", "--json"]
+    search = ["search=random", "search.num_trials=4", "search.space={nfe:{low:3,high:9}}", "search.held_out=256"]
+    searched = solvus(*plain, "name=found", *search, "search.baselines=[{nfe:2}]")
+    assert searched.code == 0, searched.err
+    best = Results(str(tmp_path), "found").best()
+    again = solvus(*plain, "name=again", f"first_index={2**30}", f"nfe={best['nfe']}")
+    (row,) = Results(str(tmp_path), "again").trials()
+    text = " ".join(rendered(tmp_path, "found").text.split())
+    chosen, fresh = best["value/quality/frechet"], row["value/quality/frechet"]
+    assert again.code == 0
+    assert f"The winner is trial {best['number']}: {chosen:.3f}" in text
+    assert f"The optimism of the choice is {fresh - chosen:+.3g}: {fresh:.3f} on the first 64 samples" in text
+    assert "Against the best baseline (baseline 1; held out" in text and "(paired)" in text
