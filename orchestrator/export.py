@@ -176,6 +176,16 @@ def point(recipe: Any, root: str | None = None) -> Point:
             f"guidance {recipe.guidance['name']} has no counterpart in a stock loop, so the export cannot be checked. "
             "Allowed: none, cfg."
         )
+    if getattr(parts.guidance, "limited", False):
+        raise ValueError(
+            "guidance.sigma_low and sigma_high limit guidance to some noise levels, but a stock loop guides at every "
+            "step. Set both to null."
+        )
+    if recipe.masks:
+        raise ValueError(
+            f"the schedule leaves out blocks of the network (skip={max(recipe.masks)}), which a stock scheduler "
+            "cannot: it never sees the network. Set skip to 0 in every step."
+        )
     _unified(recipe, parts)  # refuses before anything is made
     arrays: dict[str, tuple[dict[str, Any], Any]] = {}
     for needed in recipe.calibrations:

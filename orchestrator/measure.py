@@ -44,7 +44,7 @@ def scorers(metrics: list[Spec]) -> list[Spec]:
 
 def chunks(recipe: Recipe, needs: list[Spec], start: int, stop: int, store: Store) -> Iterator[dict[str, np.ndarray]]:
     """The columns of the rows [start, stop), ``CHUNK`` rows at a time; ``position`` numbers them from 0."""
-    names = ["label", "nfe", "reward_calls"]
+    names = ["label", "nfe", "reward_calls", *(["work"] if recipe.masks else [])]
     spans = missing(start, stop, covered([], aside(recipe, needs, store)))
     sources = [_rechunk(store, "rows", recipe.key, names, spans)]
     sources += [_rechunk(store, "columns", recipe.column_key(spec), ["value"], spans) for spec in needs]

@@ -38,7 +38,7 @@ from tasks.coefficients import Update, relaxation
 from tasks.integrator import Plan
 from tasks.recipe import Recipe
 from tasks.registry import unknown
-from tasks.schedule import CALLS, CORRECTORS, PREDICTIONS, RELAXATIONS, VARIABLES, SolverSchedule, Step
+from tasks.schedule import CALLS, CORRECTORS, MAX_BLOCKS, PREDICTIONS, RELAXATIONS, VARIABLES, SolverSchedule, Step
 
 if TYPE_CHECKING:
     from orchestrator.space import Axis
@@ -93,7 +93,7 @@ class ScheduleSpace:
             if key in data:
                 self._take(key, data[key])
         self._times = self._take_times(data.get("times", "free"))
-        self.skip = self._take_skip(data.get("skip", 0))
+        self.skip = self._take_skip(data.get("skip", 0), recipe)
         self._longest = max(self.nfes) + ("noise" in self._values("call"))
 
     def _values(self, key: str) -> tuple[Any, ...]:
@@ -139,9 +139,18 @@ class ScheduleSpace:
                 self._parse(f"schedule.times.{name}", item)
         return spec
 
-    def _take_skip(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 62:
-            raise ValueError(f"search.space.schedule.skip must be a number of blocks between 0 and 62, got {value!r}.")
+    def _take_skip(self, value: Any, recipe: Recipe) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_BLOCKS:
+            raise ValueError(
+                f"search.space.schedule.skip must be a number of blocks between 0 and {MAX_BLOCKS}, got {value!r}."
+            )
+        blocks = getattr(recipe.parts.model, "blocks", None)
+        if value > (0 if blocks is None else len(blocks.names)):
+            has = "no blocks" if blocks is None else f"{len(blocks.names)} blocks"
+            raise ValueError(
+                f"search.space.schedule.skip is {value}, but model {recipe.model['name']} has {has} that can be left "
+                "out. Use at most that many."
+            )
         return value
 
     # --- a point -----------------------------------------------------------------------------------------------------
@@ -235,7 +244,7 @@ class ScheduleSpace:
             call=chosen["call"],
         )
         if chosen.get("skip"):
-            step = replace(step, skip=tuple(b for b in range(self.skip) if chosen["skip"] >> b & 1))
+            step = replace(step, skip=chosen["skip"])
         return step
 
     # --- back from a schedule ----------------------------------------------------------------------------------------
@@ -268,7 +277,9 @@ class ScheduleSpace:
             if head == "points":
                 return "full" if step.points is None else "near"
             if head == "skip":
-                return sum(1 << block for block in getattr(step, "skip", ()))
+                if step.skip >> self.skip:
+                    raise KeyError(axis.name)  # it leaves out blocks that the space keeps
+                return step.skip
             return getattr(step, head)
 
         if any(step.start > 1 for step in schedule.steps):
@@ -282,8 +293,8 @@ class ScheduleSpace:
         one, two = (Plan(self.process, found) for found in (SolverSchedule.from_data(data), other))
         if len(one.steps) != len(two.steps) or not np.allclose(one.times, two.times, rtol=1e-9, atol=0):
             return False
-        if [(s.corrector, s.call, s.prediction) for s in one.steps] != [
-            (s.corrector, s.call, s.prediction) for s in two.steps
+        if [(s.corrector, s.call, s.prediction, s.skip) for s in one.steps] != [
+            (s.corrector, s.call, s.prediction, s.skip) for s in two.steps
         ]:
             return False
         return all(

@@ -185,7 +185,8 @@ class Trial:
     @property
     def told(self) -> dict[str, float]:
         """What its search is told: values on all samples, estimated where a race stopped it, and what it rests on."""
-        told = self.values | {"study/num_samples": float(self.num_samples)}
+        work = {"cost/work": self.values["cost/nfe"]} if "cost/nfe" in self.values else {}
+        told = work | self.values | {"study/num_samples": float(self.num_samples)}
         if self.num_samples and self.cost.get("generate_s") is not None:
             told["study/device_s"] = self.cost["generate_s"] / self.num_samples
         return told if self.estimate is None else told | {self.proposal.race.objective: self.estimate}
@@ -211,6 +212,7 @@ class Trial:
             specs["initial"] = r.initial
         plain = {"batch_size": r.batch_size, "seed": r.seed, "dtype": r.dtype, "device": r.device, "nfe": r.nfe}
         reward = {} if r.reward is None else {"reward": r.reward}
+        plain |= {"work": r.work} if r.masks else {}
         return specs | reward | plain | {"num_samples": self.num_samples, "first_index": self.first_index}
 
     def fingerprint(self) -> str:

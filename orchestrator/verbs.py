@@ -61,7 +61,8 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
     from tasks.recipe import Recipe
 
     artifacts: set[str] = set()
-    total = {"trials": 0, "shards": 0, "samples": 0, "samples_to_make": 0, "nfe": 0, "reward_calls": 0}
+    total = {"trials": 0, "shards": 0, "samples": 0, "samples_to_make": 0, "nfe": 0, "work": 0.0,
+             "reward_calls": 0}  # fmt: skip
     seen: set[tuple[str, int, int]] = set()
     beside: dict[str, list[tuple[int, int]]] = {}  # companion rows that are counted already
     companion_rows = 0
@@ -84,13 +85,16 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
             for start, stop in missing(piece.start, piece.stop, sorted(have)):
                 have.append((start, stop))
                 total["shards"] += sum(1 for _ in cut(start, stop, study.shard_size))
-                total["nfe"] += (stop - start) * Recipe(**piece.recipe).nfe
+                evaluations = (stop - start) * Recipe(**piece.recipe).nfe
+                total["nfe"] += evaluations
+                total["work"] += evaluations
                 companion_rows += stop - start
         for piece in work.pieces:
             if piece.rows:
                 count = piece.stop - piece.start
                 total["samples_to_make"] += count
                 total["nfe"] += count * trial.recipe.nfe
+                total["work"] += count * trial.recipe.work
                 total["reward_calls"] += count * strategy.particles * strategy.uses_reward
     return total | {"companions": companion_rows, "calibrations": len(artifacts)}
 
@@ -184,7 +188,8 @@ def plan(args: Any) -> int:
         return COMPLETE
     store = Store(study.root)
     total = _foreseen(study, store)
-    seconds = _seconds_per_evaluation(study) * total["nfe"] if total["nfe"] else 0.0
+    seconds = _seconds_per_evaluation(study) * total["work"] if total["nfe"] else 0.0
+    work = "" if total["work"] == total["nfe"] else f" (as much as {total['work']:,.0f} of the whole one)"
     workers = max(study.config["executor"].get("workers", 1), 1)
     row_bytes = 400 + 5 * math.prod(study.recipe.parts.model.shape)
     data = total | {
@@ -202,7 +207,8 @@ def plan(args: Any) -> int:
         f"  shards to run   {total['shards']:,}\n"
         f"  companions      {total['companions']:,} samples of other recipes to make first, to compare with\n"
         f"  calibrations    {total['calibrations']:,} to make first, whose cost is not foreseen\n"
-        f"  evaluations     {total['nfe']:,} of the network, {total['reward_calls']:,} of rewards inside strategies\n"
+        f"  evaluations     {total['nfe']:,} of the network{work}, {total['reward_calls']:,} of rewards inside "
+        "strategies\n"
         f"  device-seconds  about {data['device_s']:,} (timed here), {data['wall_s']:,} on {workers} worker(s)\n"
         f"  money           {data['money']:,}\n"
         f"  disk            about {data['disk_bytes'] / 1e6:,.1f} MB in {study.root}"

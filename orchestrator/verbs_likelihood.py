@@ -56,6 +56,10 @@ def _measure(study: Any, args: Any) -> dict[str, Any]:
 
     use_one_thread()
     counted = CountedModel(load_model(recipe), recipe.batch_size)
+    if getattr(recipe.parts.guidance, "limited", False):
+        raise ValueError(
+            "a likelihood is not computed for guidance on an interval. Set guidance.sigma_low and sigma_high to null."
+        )
     model = recipe.parts.guidance.wrap(counted)
     values = []
     for low in range(first, stop, recipe.batch_size):

@@ -72,7 +72,7 @@ def of(recipe: Recipe) -> tuple[Calibration, ...]:
         ValueError: an artifact file that is missing, damaged, or made for another model, revision or setting.
     """
     from tasks.recipe import digest
-    from tasks.registry import to_data
+    from tasks.registry import identity, to_data
 
     found = []
     for place, plugin in places(recipe.parts):
@@ -87,6 +87,7 @@ def of(recipe: Recipe) -> tuple[Calibration, ...]:
         }
         for part in plugin.calibrated_on:
             value = getattr(recipe, part)
+            value = identity(value) if part == "guidance" else value
             meta[part] = plugin.calibration_part(part, value) if hasattr(plugin, "calibration_part") else value
         if plugin.artifact:
             meta = _read(plugin.artifact, meta)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.layer_skip import Blocks, skipping, survey
 from tasks.processes import VP, Flow, GaussianProcess, Time, expand, to_x0
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
@@ -124,6 +126,11 @@ class Checkpoint:
             :16
         ]
 
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks of the UNet that steps may leave out."""
+        return _blocks(json.dumps(self.config, sort_keys=True), self.shape)
+
     def network(self, device: str) -> torch.nn.Module:
         """The UNet with its weights, in evaluation mode."""
         import diffusers
@@ -141,6 +148,16 @@ class Checkpoint:
         return net.eval().requires_grad_(False).to(device)
 
 
+@lru_cache(maxsize=64)
+def _blocks(config: str, shape: tuple[int, ...]) -> Blocks:
+    import diffusers
+
+    with torch.device("meta"):  # neither weights nor numbers are needed to count
+        net = diffusers.UNet2DModel.from_config(json.loads(config)).eval()  # type: ignore[attr-defined]
+        labels = torch.zeros(1, dtype=torch.int64) if net.class_embedding is not None else None
+        return survey(net, torch.zeros(1, *shape), torch.zeros(1), labels)
+
+
 class UNetDenoiser:
     """A UNet2DModel as a denoiser: turns its prediction into the posterior mean."""
 
@@ -148,6 +165,11 @@ class UNetDenoiser:
         self.process, self.prediction = checkpoint.process, checkpoint.prediction
         self.shape, self.num_classes = checkpoint.shape, checkpoint.num_classes
         self.network = checkpoint.network(device)
+        self._checkpoint = checkpoint
+
+    def skipping(self, mask: int) -> AbstractContextManager[float]:
+        """Within, the network runs without the blocks of a mask; gives the share of multiply-adds that is left."""
+        return skipping(self.network, self._checkpoint.blocks, mask)
 
     def denoise(self, x: Tensor, t: Time, cond: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t = x], (B, C, H, W). ``cond`` holds labels; ``num_classes`` or None means none."""
@@ -192,6 +214,11 @@ class FolderModel:
     def revision(self) -> str:
         """Hash of weights and configuration."""
         return self.checkpoint.revision
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks of the network that steps may leave out."""
+        return self.checkpoint.blocks
 
     def load(self, device: str) -> UNetDenoiser:
         """The denoiser on a device."""

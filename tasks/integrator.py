@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,6 +106,11 @@ def start(plan: Plan, hooks: Sequence[Any] = ()) -> dict[str, Any]:
     return {"plan": plan, "entries": (), "hooks": begun, "group": 0}
 
 
+def skipping(model: Any, step: Step) -> AbstractContextManager[Any]:
+    """Within, the model runs without the blocks that the step leaves out."""
+    return model.skipping(step.skip) if step.skip else nullcontext()
+
+
 def convert(step: Step, x: Tensor, x0: Tensor, alpha: float, sigma: float) -> Tensor:
     """A clean prediction in the form that a step expands."""
     if step.prediction == "x0":
@@ -132,7 +138,9 @@ def _one(
     x0 = _evaluate(model, plan, i, state.x, state.memory["entries"], hooks, held)
     state = predict(plan, i, replace(state, memory=state.memory | {"hooks": tuple(held)}), x0, hooks)
     if is_corrected(plan, i):
-        state = correct(plan, i, state, model.denoise(state.x, plan.times[i + 1]))
+        with skipping(model, plan.steps[i]):
+            there = model.denoise(state.x, plan.times[i + 1])
+        state = correct(plan, i, state, there)
     return finish(plan, i, state, noise, mark, hooks)
 
 
@@ -236,7 +244,8 @@ def _evaluate(
     for j, hook in enumerate(hooks):
         if hasattr(hook, "adapt_time"):
             t, held[j] = hook.adapt_time(plan, i, x, t, held[j])
-    x0 = model.denoise(x, t)
+    with skipping(model, plan.steps[i]):
+        x0 = model.denoise(x, t)
     for j, hook in enumerate(hooks):
         if hasattr(hook, "transform_output"):
             x0, held[j] = hook.transform_output(plan, i, x, x0, t, held[j])

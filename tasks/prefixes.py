@@ -18,6 +18,7 @@ import torch
 
 from tasks.integrator import Entry
 from tasks.recipe import Recipe
+from tasks.registry import identity
 from tasks.types import Noise, State
 
 FIELDS = ("x", "seen", "x0", "f")
@@ -49,7 +50,7 @@ def keys(recipe: Recipe) -> tuple[str, ...]:
     around = {
         "model": {k: v for k, v in recipe.model.items() if k != "path"},
         "revision": p.model.revision,
-        "guidance": recipe.guidance,
+        "guidance": identity(recipe.guidance),
         "initial": recipe.initial,
         "labels": recipe.labels,
         "batch_size": recipe.batch_size,
@@ -106,6 +107,7 @@ class Resume:
         )
         self.reused = int(arrays["nfe"].item())
         self.counted.rows += self.reused * len(x)
+        self.counted.work += float(arrays["work"].item() if "work" in arrays else self.reused) * len(x)
         memory = fresh.memory | {"entries": entries, "group": k}
         return replace(fresh, x=x, x0_hat=torch.from_numpy(arrays["x0_hat"].copy()).to(fresh.x), memory=memory, step=k)
 
@@ -121,5 +123,7 @@ class Resume:
         arrays = {"x": state.x, "x0_hat": state.x0_hat}
         arrays |= {f"{name}.{j}": getattr(entry, name) for j, entry in enumerate(entries) for name in FIELDS}
         plain = {name: value.cpu().numpy() for name, value in arrays.items()}
-        nfe = self.counted.rows // len(state.x)
-        self.states.save(key, self.first, plain | {"entries": np.array([len(entries)]), "nfe": np.array([nfe])})
+        spent = {"nfe": np.array([self.counted.rows // len(state.x)])}
+        if self.counted.work != self.counted.rows:  # blocks were left out
+            spent["work"] = np.array([self.counted.work / len(state.x)])
+        self.states.save(key, self.first, plain | {"entries": np.array([len(entries)])} | spent)

@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from tasks import calibration, registry
 from tasks.calibration import Calibration
 from tasks.registry import Spec, unknown
+from tasks.rehearsal import rehearse
 from tasks.schedule import SolverSchedule
 
 PLUGINS = ("model", "solver", "times", "initial", "guidance", "strategy", "reward")
@@ -231,9 +234,57 @@ class Recipe:
                 f"times {self.times['name']} jump back, but solver {self.solver['name']} lays its own course. "
                 "Use one of Solvus's solvers."
             )
+        self._check_skip()
+        self._check_interval()
         for _, plugin in calibration.places(p):
             if hasattr(plugin, "check_recipe"):
                 plugin.check_recipe(self)
+
+    @property
+    def masks(self) -> tuple[int, ...]:
+        """Which blocks of the network each step leaves out, as bit masks; empty where none leaves any out."""
+        found = tuple(step.skip for step in getattr(self.parts.solver, "records", None) or ())
+        return found if any(found) else ()
+
+    def _check_skip(self) -> None:
+        """Refuse steps that leave out blocks which the network does not have."""
+        if not self.masks:
+            return
+        model = f"model {self.model['name']}"
+        if getattr(self.parts.model, "blocks", None) is None:
+            raise ValueError(
+                f"the schedule leaves out blocks of the network (skip={max(self.masks)}), but {model} has none. "
+                "Set skip to 0, or use a model that is a network, such as digits."
+            )
+        for mask in self.masks:
+            self.parts.model.blocks.check(mask, model)
+        if self.strategy["name"] not in ("single", "best_of_n"):  # others evaluate the network outside of the steps
+            raise ValueError(
+                f"the schedule leaves out blocks of the network, which strategy {self.strategy['name']} cannot. Use "
+                "strategy=single or best_of_n."
+            )
+
+    def _check_interval(self) -> None:
+        """Refuse an interval of guidance whose cost could not be planned."""
+        if not self._is_limited:
+            return
+        p = self.parts
+        obstacles = (
+            (p.model.noising.kind != "gaussian", f"model {self.model['name']} has no noise levels sigma / alpha"),
+            (self.has_calibrated_times, f"times {self.times['name']} are not known before their calibration"),
+            (calibration.needs_calibration(p.solver), f"solver {self.solver['name']} needs a calibration first"),
+            (p.initial.evaluations > 0, f"initial {self.initial['name']} evaluates the network at levels of its own"),
+        )
+        for stands, why in obstacles:
+            if stands:
+                raise ValueError(
+                    f"guidance.sigma_low and sigma_high limit guidance to some noise levels, but {why}, so its cost "
+                    "cannot be planned. Set both to null, or use another one."
+                )
+
+    @property
+    def _is_limited(self) -> bool:
+        return getattr(self.parts.guidance, "limited", False)
 
     def _check_strategy(self) -> None:
         """Refuse a strategy that the other parts cannot serve."""
@@ -287,11 +338,22 @@ class Recipe:
         """
         grid, stock_steps = self.grid
         p, spent = self.parts, 0
+        if self._is_limited and not getattr(p.solver, "adaptive", False):
+            return rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps)[0] * p.strategy.particles
         for first, last in segments(grid) if stock_steps is None else [(0, stock_steps)]:
             stops_early = stock_steps is None and grid[last] > 0
             count = getattr(p.solver, "nfe_before_data", p.solver.nfe) if stops_early else p.solver.nfe
             spent += count(last - first)
         return (spent + p.initial.evaluations) * p.guidance.evaluations * p.strategy.particles
+
+    @property
+    def work(self) -> float:
+        """The same, with each evaluation weighted by the share of the network's multiply-adds that its step leaves."""
+        if not self.masks:
+            return float(self.nfe)
+        p, (grid, stock_steps) = self.parts, self.grid
+        saved = np.subtract(*rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps))
+        return float(self.nfe - saved * p.strategy.particles)
 
     @cached_property
     def key(self) -> str:
@@ -317,7 +379,7 @@ class Recipe:
                 "revision": self.parts.model.revision,
                 "solver": self.solver,
                 "times": list(grid) if stock_steps is None else stock_steps,
-                "guidance": self.guidance,
+                "guidance": registry.identity(self.guidance),
                 "strategy": self.strategy,
                 "reward": scorer_identity(self.reward) if self.parts.strategy.uses_reward else None,
                 "labels": self.labels if self.parts.model.num_classes else None,
@@ -366,6 +428,17 @@ _GIVES = {
     "flow_end": "trajectory's end (a consistency model)",
     "flow_map": "flow map",
 }
+
+
+def _bare(solver: Any) -> Any:
+    """A solver without the hooks that need a calibration: they change no evaluation."""
+    hooks = getattr(solver, "hook_objects", ())
+    if not any(calibration.needs_calibration(hook) for hook in hooks):
+        return solver
+    kept = tuple(
+        spec for spec, hook in zip(solver.hooks, hooks, strict=True) if not calibration.needs_calibration(hook)
+    )
+    return replace(solver, hooks=kept)
 
 
 def segments(grid: tuple[float, ...]) -> list[tuple[int, int]]:

@@ -195,6 +195,11 @@ ALL: dict[str, Registry] = {
 }
 
 
+def identity(spec: Spec) -> Spec:
+    """What of a spec enters a key: fields that are null say nothing, so a field that is added later changes no key."""
+    return {key: value for key, value in spec.items() if value is not None}
+
+
 def scorer(spec: Spec) -> Any:
     """Build a reward or a feature extractor: both are scorers, and their names do not overlap."""
     return (rewards if spec["name"] in rewards.names() else features).build(spec)

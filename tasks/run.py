@@ -80,7 +80,7 @@ def generate(
 
     Returns:
         columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``seconds``, ``x0``
-        (decoded, (B, *shape)), and the strategy's own.
+        (decoded, (B, *shape)), the strategy's own, and, where steps leave out blocks of the network, ``work``.
 
     Raises:
         ValueError: a sample that is not finite, with its index.
@@ -133,6 +133,8 @@ def generate(
             "seconds": np.full(count, elapsed / size, dtype=np.float32),
             "x0": sample,
         }
+        if counted.work != counted.rows:
+            columns["work"] = np.full(count, counted.work / size, dtype=np.float64)
         columns |= {name: value[keep].cpu().numpy() for name, value in result.columns.items()}
         if resume is not None and states is not None:
             states.reused += resume.reused * count

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +17,15 @@ class CountedModel:
     """Counts network evaluations, one per row and call, and bounds how many rows one call takes.
 
     Guidance wraps this object, so that a method which asks twice is charged twice.
+
+    Attributes:
+        rows: evaluations so far.
+        work: the same with each evaluation weighted by the share of the network's multiply-adds that it takes: less
+            than ``rows`` where steps leave out blocks.
     """
 
     def __init__(self, model: Model, max_rows: int) -> None:
-        self._model, self.max_rows, self.rows = model, max_rows, 0
+        self._model, self.max_rows, self.rows, self.work, self._share = model, max_rows, 0, 0.0, 1.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -27,6 +33,16 @@ class CountedModel:
     def denoise(self, x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor:
         """The model's answer for any number of rows."""
         return self._call(self._model.denoise, x, (t,), cond)
+
+    @contextmanager
+    def skipping(self, mask: int) -> Iterator[None]:
+        """Within, the network runs without the blocks of a mask, and costs less."""
+        before = self._share
+        with self._model.skipping(mask) as self._share:  # type: ignore[attr-defined]
+            try:
+                yield
+            finally:
+                self._share = before
 
     @property
     def maps(self) -> bool:
@@ -41,6 +57,7 @@ class CountedModel:
         self, function: Callable[..., Tensor], x: Tensor, times: tuple[float | Tensor, ...], cond: Tensor | None
     ) -> Tensor:
         self.rows += len(x)
+        self.work += len(x) * self._share
         if len(x) <= self.max_rows:
             return function(x, *times, cond)
         places = [slice(i, i + self.max_rows) for i in range(0, len(x), self.max_rows)]
@@ -124,6 +141,9 @@ class _Conditioned:
 
     def denoise(self, x: Tensor, t: float | Tensor) -> Tensor:
         return self.model.denoise(x, t, self.cond)
+
+    def skipping(self, mask: int) -> AbstractContextManager[Any]:
+        return self.model.skipping(mask)  # type: ignore[attr-defined]
 
     @property
     def maps(self) -> bool:

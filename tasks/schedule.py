@@ -27,6 +27,7 @@ RELAXATIONS = ("none", "bh1", "bh2")
 CORRECTORS = ("none", "pseudo", "implicit")
 CALLS = ("model", "noise", "reuse")
 MAX_ORDER = 6
+MAX_BLOCKS = 62  # bits of ``Step.skip``: a mask has to fit a signed 64-bit number
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Step:
         churn: raises sigma / alpha by this fraction with fresh noise before the step (EDM).
         call: ``model`` evaluates the network; ``noise`` takes eps = x / sigma instead (the analytical first step);
             ``reuse`` takes the last prediction again. The last two cost nothing.
+        skip: bit mask of the network's blocks that the step's evaluations leave out (``tasks/layer_skip.py``).
     """
 
     order: int = 1
@@ -66,6 +68,7 @@ class Step:
     kappa: float = 0.0
     churn: float = 0.0
     call: str = "model"
+    skip: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -78,6 +81,8 @@ class Step:
             raise ValueError(f"the order of a step must be between 1 and {MAX_ORDER}, got {self.order}.")
         if self.start < 1:
             raise ValueError(f"start of a step must be at least 1, got {self.start}.")
+        if not 0 <= self.skip < 2**MAX_BLOCKS:
+            raise ValueError(f"skip of a step is a bit mask between 0 and 2^{MAX_BLOCKS} - 1, got {self.skip}.")
         if self.kappa < 0 or self.churn < 0:
             raise ValueError(f"kappa and churn must not be negative, got {self.kappa} and {self.churn}.")
         if self.prediction == "v" and self.variable not in ("u", "t", "index"):
@@ -160,6 +165,9 @@ class Step:
         words += {"model": [], "noise": ["without a network call (pure noise)"], "reuse": ["with the last prediction"]}[
             self.call
         ]
+        if self.skip:
+            left_out = [str(block) for block in range(self.skip.bit_length()) if self.skip >> block & 1]
+            words.append("without block " + ", ".join(left_out) + " of the network")
         return ", ".join(words)
 
 
@@ -167,6 +175,7 @@ _WORDS = {"lam": "log-SNR", "rho": "sigma / alpha", "t": "time", "u": "angle or 
 _TYPES: dict[str, Any] = {
     "order": int, "prediction": str, "variable": str, "start": int, "points": tuple[tuple[int, ...], ...] | None,
     "scale": tuple[float, ...], "relax": str, "corrector": str, "kappa": float, "churn": float, "call": str,
+    "skip": int,
 }  # fmt: skip
 
 

@@ -516,6 +516,11 @@ def _solver(preset: str, settings: Any, fixed: SolverSchedule | None, hooks: Any
         ValueError: unknown settings, or hooks that need the network.
     """
     spec: dict[str, Any] = {"name": "unified", "hooks": list(hooks or ())} | dict(settings or {})
+    if fixed is not None and any(step.skip for step in fixed.steps):
+        raise ValueError(
+            "the schedule leaves out blocks of the network, which a scheduler cannot: it never sees the network. Set "
+            "skip to 0 in every step."
+        )
     if fixed is None:
         spec |= {"preset": preset}
     else:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.coefficients import rho
 from tasks.registry import guidance
 from tasks.types import Model
 
@@ -20,26 +21,57 @@ class ClassifierFree:
     With scale=1 the mathematics is that of the conditional model and with scale=0 that of the unconditional one; both
     are still evaluated as two calls, so that the account stays the same along a sweep.
 
+    With an interval, only noise levels ``sigma_low < sigma / alpha <= sigma_high`` are guided; elsewhere the
+    conditional prediction is taken as it is.
+
     Args:
         scale: guidance scale w; 1 means no extrapolation.
+        sigma_low: noise level sigma / alpha at and below which nothing is guided; null guides down to the data.
+        sigma_high: noise level above which nothing is guided; null guides from pure noise on.
 
-    Reference: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6 (their w is scale - 1).
-    Cost: two network evaluations per call.
+    Reference: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6 (their w is scale - 1); Kynkäänniemi et
+        al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
+        Models", eq. 5 (the interval).
+    Cost: two network evaluations per call, one outside of the interval.
     """
 
     scale: float = 1.5
+    sigma_low: float | None = None
+    sigma_high: float | None = None
 
     evaluations = 2
     needs_labels = True
 
+    def __post_init__(self) -> None:
+        for name in ("sigma_low", "sigma_high"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"guidance.{name} is a noise level sigma / alpha of at least 0, got {value}.")
+        if self.sigma_low is not None and self.sigma_high is not None and self.sigma_low >= self.sigma_high:
+            raise ValueError(
+                f"guidance.sigma_low must be below guidance.sigma_high, got {self.sigma_low} and {self.sigma_high}. "
+                "Use guidance=none to guide nothing."
+            )
+
+    @property
+    def limited(self) -> bool:
+        """Whether some noise levels are not guided."""
+        return self.sigma_low is not None or self.sigma_high is not None
+
+    def guides(self, process: Any, t: float) -> bool:
+        """Whether the noise level at a time lies in the interval."""
+        level = rho(process, t)
+        low, high = self.sigma_low, self.sigma_high
+        return (low is None or level > low) and (high is None or level <= high)
+
     def wrap(self, model: Model) -> Model:
         """The guided model."""
-        return _Guided(model, self.scale)
+        return _Guided(model, self)
 
 
 class _Guided:
-    def __init__(self, model: Model, scale: float) -> None:
-        self._model, self._scale = model, scale
+    def __init__(self, model: Model, spec: ClassifierFree) -> None:
+        self._model, self._spec = model, spec
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -47,6 +79,17 @@ class _Guided:
     def denoise(self, x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor:
         if cond is None:
             raise ValueError("classifier-free guidance needs labels, but this row has none. Set labels=cycle.")
+        if self._spec.limited:
+            if isinstance(t, Tensor) and t.ndim:
+                inside = torch.tensor([self._spec.guides(self.process, float(s)) for s in t], device=x.device)
+                conditional = self._model.denoise(x, t, cond)
+                if inside.any():
+                    nothing = torch.full_like(cond[inside], self._model.num_classes)
+                    without = self._model.denoise(x[inside], t[inside], nothing)
+                    conditional[inside] = without + self._spec.scale * (conditional[inside] - without)
+                return conditional
+            if not self._spec.guides(self.process, float(t)):
+                return self._model.denoise(x, t, cond)
         unconditional = self._model.denoise(x, t, torch.full_like(cond, self._model.num_classes))
         conditional = self._model.denoise(x, t, cond)
-        return unconditional + self._scale * (conditional - unconditional)
+        return unconditional + self._spec.scale * (conditional - unconditional)

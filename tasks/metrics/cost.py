@@ -18,10 +18,13 @@ from tasks.types import Rows
 class Cost:
     """Network evaluations and reward calls per sample: two budgets, reported side by side and never added.
 
+    Where steps leave out blocks of the network, ``cost/work`` says what the evaluations come to in whole networks, by
+    multiply-adds; elsewhere it would be ``cost/nfe`` again and is not shown.
+
     Reference: none needed.
     """
 
-    better = {"cost/nfe": "lower", "cost/reward_calls": "lower"}
+    better = {"cost/nfe": "lower", "cost/reward_calls": "lower", "cost/work": "lower"}
 
     def needs(self) -> tuple[Spec, ...]:
         """Columns that every row has."""
@@ -35,19 +38,20 @@ class Cost:
 
     def summarize(self, rows: Rows) -> Moments:
         """Count and means."""
-        return Moments.of(np.stack([rows["nfe"], rows["reward_calls"]], axis=1))
+        return Moments.of(np.stack([rows[column] for column in _COLUMNS if column in rows], axis=1))
 
     def merge(self, a: Moments, b: Moments) -> Moments:
         """Of both."""
         return a.merge(b)
 
     def compute(self, summary: Moments, reference: Any) -> dict[str, float]:
-        """Both means."""
-        return {"cost/nfe": float(summary.mean[0]), "cost/reward_calls": float(summary.mean[1])}
+        """The means."""
+        return {f"cost/{column}": float(mean) for column, mean in zip(_COLUMNS, summary.mean, strict=False)}
 
     def influence(self, summary: Moments, reference: Any, rows: Rows) -> dict[str, np.ndarray]:
         """Deviation from the means."""
-        return {
-            "cost/nfe": rows["nfe"].astype(np.float64) - summary.mean[0],
-            "cost/reward_calls": rows["reward_calls"].astype(np.float64) - summary.mean[1],
-        }
+        pairs = zip(_COLUMNS, summary.mean, strict=False)
+        return {f"cost/{column}": rows[column].astype(np.float64) - mean for column, mean in pairs}
+
+
+_COLUMNS = ("nfe", "reward_calls", "work")

@@ -149,6 +149,26 @@ def test_a_schedule_space_that_makes_no_sense_is_refused(data: Any, message: str
         Space({"schedule": data}, recipe())
 
 
+def test_masks_of_blocks_are_axes_that_are_read_back() -> None:
+    space = Space({"schedule": {"times": "free", "order": 1, "skip": 12}}, recipe("digits"))
+    point = space.sample(np.random.default_rng(0))
+    schedule = space.decode(point)["schedule"]
+    assert [step.get("skip", 0) for step in schedule["steps"]] == [point[f"skip.{i}"] for i in range(5)]
+    assert space.encode({"schedule": schedule}) == pytest.approx(point)
+    narrow = Space({"schedule": {"times": "free", "order": 1, "skip": 2}}, recipe("digits"))
+    assert narrow.encode({"schedule": schedule}) is None, "it leaves out blocks that the space keeps"
+    other = SolverSchedule.from_data(schedule | {"steps": [{}] * 5})
+    assert space.schedule is not None and not space.schedule.equal(schedule, other)
+
+
+@pytest.mark.parametrize(("model", "has"), [("gmm", "no blocks"), ("digits", "12 blocks")])
+def test_more_blocks_than_the_network_has_are_refused(model: str, has: str) -> None:
+    with pytest.raises(ValueError, match=f"skip is 13, but model {model} has {has} that can be left out"):
+        Space({"schedule": {"times": "free", "skip": 13}}, recipe(model))
+    with pytest.raises(ValueError, match="between 0 and 62, got 63"):
+        Space({"schedule": {"skip": 63}}, recipe(model))
+
+
 def test_a_token_model_has_no_schedule_of_this_kind() -> None:
     tokens = Recipe("table", "ancestral", "uniform", "none", "single").completed()  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model table is masked"):
@@ -178,6 +198,15 @@ def test_listed_baselines_keep_their_names() -> None:
     assert found == [("mine", {"solver": "heun"}), ("baseline 2", {"solver": "ddim"})]
     with pytest.raises(ValueError, match="baselines.0 must map paths"):
         listed(["heun"], recipe(), ())
+
+
+def test_strength_and_interval_of_guidance_are_searched_as_plain_overrides() -> None:
+    space = Space(yaml.safe_load(files_of("space")["guidance"].read_text())["space"])
+    base = recipe("digits", guidance="cfg")
+    for seed in range(8):
+        found = base.override(space.decode(space.sample(np.random.default_rng(seed))))
+        found.check()
+        assert found.guidance["sigma_low"] < found.guidance["sigma_high"] and 5 <= found.nfe <= 10
 
 
 def test_every_space_that_ships_is_a_space() -> None:
