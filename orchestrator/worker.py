@@ -57,7 +57,8 @@ Made = dict[str, Any]
 def _nothing() -> dict[str, float]:
     """The cost of a shard before anything was done."""
     return {
-        "rows": 0, "nfe": 0, "nfe_reused": 0, "reward_calls": 0, "generate_s": 0.0, "score_s": 0.0, "scored": 0,
+        "rows": 0, "nfe": 0, "nfe_reused": 0, "reward_calls": 0, "decodes": 0, "generate_s": 0.0, "score_s": 0.0,
+        "scored": 0,
     }  # fmt: skip
 
 
@@ -102,6 +103,7 @@ def generate(shard: Shard) -> Made:
         cost["nfe_reused"] = 0 if states is None else states.reused
         cost["nfe"] = int(columns["nfe"].sum()) - cost["nfe_reused"]
         cost["reward_calls"] = int(columns["reward_calls"].sum())
+        cost["decodes"] = int(columns["decodes"].sum())
     else:
         table = pa.concat_tables(store.read("rows", recipe.key, shard.start, shard.stop))
         columns = {"x0": rows.samples(table, recipe.parts.model.shape), "label": rows.to_numpy(table["label"])}

@@ -79,8 +79,9 @@ def generate(
         states: where trajectories that begin alike leave their states; each row is the same with and without.
 
     Returns:
-        columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``seconds``, ``x0``
-        (decoded, (B, *shape)), and the strategy's own.
+        columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``decodes``
+        (before rewards), ``seconds`` (of the device: the share of its batch, by evaluations), ``x0`` (decoded,
+        (B, *shape)), and the strategy's own. A strategy that decides as it goes gives the first three for each row.
 
     Raises:
         ValueError: a sample that is not finite, with its index.
@@ -130,7 +131,8 @@ def generate(
             "label": np.where(recipe.has_labels, labels[keep].cpu().numpy(), -1).astype(np.int64),
             "nfe": np.full(count, counted.rows // size, dtype=np.int32),
             "reward_calls": np.full(count, 0 if reward is None else reward.rows // size, dtype=np.int32),
-            "seconds": np.full(count, elapsed / size, dtype=np.float32),
+            "decodes": np.full(count, counted.decoded // size, dtype=np.int32),
+            "seconds": _shares(elapsed, size, result.columns.get("nfe"))[keep],
             "x0": sample,
         }
         columns |= {name: value[keep].cpu().numpy() for name, value in result.columns.items()}
@@ -140,6 +142,14 @@ def generate(
         if progress is not None:
             progress(high - start)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _shares(seconds: float, rows: int, nfe: torch.Tensor | None) -> np.ndarray:
+    """A batch's time divided among its rows, in proportion to their evaluations where these differ; (B,) float32."""
+    weights = np.ones(rows) if nfe is None else nfe.cpu().numpy().astype(np.float64)
+    if not weights.sum():
+        weights = np.ones(rows)
+    return (seconds * weights / weights.sum()).astype(np.float32)
 
 
 def score(

@@ -13,13 +13,13 @@ from tasks.types import Model, Noise, State, reindex
 
 
 class CountedModel:
-    """Counts network evaluations, one per row and call, and bounds how many rows one call takes.
+    """Counts network evaluations and decoder calls, one per row and call, and bounds how many rows one call takes.
 
     Guidance wraps this object, so that a method which asks twice is charged twice.
     """
 
     def __init__(self, model: Model, max_rows: int) -> None:
-        self._model, self.max_rows, self.rows = model, max_rows, 0
+        self._model, self.max_rows, self.rows, self.decoded = model, max_rows, 0, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -27,6 +27,11 @@ class CountedModel:
     def denoise(self, x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor:
         """The model's answer for any number of rows."""
         return self._call(self._model.denoise, x, (t,), cond)
+
+    def decode(self, x0: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The model's decoder."""
+        self.decoded += len(x0)
+        return self._model.decode(x0, cond)
 
     @property
     def maps(self) -> bool:

@@ -12,16 +12,20 @@ from tasks.moments import Moments
 from tasks.registry import Spec, metrics
 from tasks.types import Rows
 
+COUNTS = ("nfe", "reward_calls", "decodes")
+
 
 @metrics.register("cost")
 @dataclass(frozen=True)
 class Cost:
-    """Network evaluations and reward calls per sample: two budgets, reported side by side and never added.
+    """Network evaluations, reward calls and decoder calls per sample: budgets side by side, never added.
+
+    Seconds are in the trial table, but no metric: they are not the same again.
 
     Reference: none needed.
     """
 
-    better = {"cost/nfe": "lower", "cost/reward_calls": "lower"}
+    better = {f"cost/{name}": "lower" for name in COUNTS}
 
     def needs(self) -> tuple[Spec, ...]:
         """Columns that every row has."""
@@ -35,19 +39,19 @@ class Cost:
 
     def summarize(self, rows: Rows) -> Moments:
         """Count and means."""
-        return Moments.of(np.stack([rows["nfe"], rows["reward_calls"]], axis=1))
+        return Moments.of(np.stack([rows[name] for name in COUNTS], axis=1))
 
     def merge(self, a: Moments, b: Moments) -> Moments:
         """Of both."""
         return a.merge(b)
 
     def compute(self, summary: Moments, reference: Any) -> dict[str, float]:
-        """Both means."""
-        return {"cost/nfe": float(summary.mean[0]), "cost/reward_calls": float(summary.mean[1])}
+        """The means."""
+        found = dict(zip(COUNTS, map(float, summary.mean), strict=True))
+        # Rows of before decoder calls were counted do not know theirs.
+        return {f"cost/{name}": value for name, value in found.items() if name != "decodes" or value == value}
 
     def influence(self, summary: Moments, reference: Any, rows: Rows) -> dict[str, np.ndarray]:
         """Deviation from the means."""
-        return {
-            "cost/nfe": rows["nfe"].astype(np.float64) - summary.mean[0],
-            "cost/reward_calls": rows["reward_calls"].astype(np.float64) - summary.mean[1],
-        }
+        known = self.compute(summary, reference)
+        return {name: rows[name[5:]].astype(np.float64) - value for name, value in known.items()}
