@@ -65,6 +65,7 @@ def generate(
     progress: Callable[[int], None] | None = None,
     artifacts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     states: States | None = None,
+    served: Callable[[Spec], Callable[..., torch.Tensor]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Make the rows [start, stop) of a recipe.
 
@@ -77,6 +78,8 @@ def generate(
         progress: called with the number of rows done after every block.
         artifacts: the recipe's calibrations by key; made here when left out.
         states: where trajectories that begin alike leave their states; each row is the same with and without.
+        served: gives the reward of a spec where it is scored somewhere else; one whose gradient is taken, or that
+            depends on the row, stays here.
 
     Returns:
         columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``decodes``
@@ -95,6 +98,10 @@ def generate(
     base = load_model(recipe)
     size = rows_per_block(recipe)
     prefixes = () if states is None or isolated else keys(recipe)
+    scorer = parts.reward
+    if served is not None and recipe.reward is not None and parts.strategy.uses_reward:
+        stays = recipe.account.gradients or hasattr(scorer, "at")
+        scorer = scorer if stays else served(recipe.reward)
     pieces: list[dict[str, np.ndarray]] = []
     for first, low, high in blocks(start, stop, size):
         began = time.perf_counter()
@@ -107,7 +114,7 @@ def generate(
         reward = None
         if parts.strategy.uses_reward:
             assert recipe.reward is not None
-            reward = CountedReward(parts.reward, recipe.reward["name"], indices)
+            reward = CountedReward(scorer, recipe.reward["name"], indices)
         noise = RowNoise(recipe.seed, indices, dtype=getattr(torch, recipe.dtype))
         resume = Resume(prefixes, states, first, counted) if states is not None and prefixes else None
         sampler = replace(sampler, resume=resume)

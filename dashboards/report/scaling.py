@@ -38,9 +38,7 @@ def _compared(done: list[Row], names: list[str]) -> dict[str, Any]:
             line = f"{row.strategy}, {row.solver}, {len(row.times) - 1} steps: {values}; {costs(row)}."
             warning = unequal(ranked[0], row)
             lines.append(line + (f" {warning}." if warning else ""))
-    text = (
-        "Strategies are compared at equal network evaluations a sample; a warning says what else differs by over 5 %."
-    )
+    text = "Strategies at equal network evaluations a sample; a warning says what other cost differs by more than 5 %."
     return {"title": "Strategies at equal cost", "text": text, "lines": lines, "plots": []}
 
 
@@ -71,7 +69,9 @@ def _curves(pools: list[tuple[Row, np.ndarray]]) -> dict[str, Any]:
     """Best of k and pass@k of every pool, its law, and the best split of each budget over the pools."""
     best: dict[str, list[tuple[int, Estimate]]] = {}
     passed: dict[str, list[tuple[int, Estimate]]] = {}
-    lines, arms, spent = [], {}, {}
+    lines: list[str] = []
+    arms: dict[str, np.ndarray] = {}
+    spent: dict[str, float] = {}
     for row, pool in pools:
         n, label = pool.shape[1], f"{row.solver}, {row.grid}, {row.nfe:g} evaluations a candidate"
         if label in arms and arms[label].shape[1] >= n:
