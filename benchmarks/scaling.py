@@ -256,7 +256,7 @@ def main() -> None:
         kept = Kept(Path(args.keep or tempfile.mkdtemp(prefix="solvus-scaling-")), False)
         names = [args.only] if args.only else ["single", *ARMS]
         if args.quick:
-            cells(kept, names, (64,), 32, ("digits_flow",))
+            cells(kept, names, (64,), 80, ("digits_flow",))
             print(page(kept))
         else:
             cells(kept, names, BUDGETS, 256, ("digits", "digits_flow"))
