@@ -64,7 +64,7 @@ def base(model: str, batch_size: int = 256) -> Recipe:
 
 
 def fitted(model: str, name: str, budget: int) -> Recipe:
-    """The strategy at the largest size whose account is within the budget.
+    """The strategy at the size that spends most of the budget.
 
     Raises:
         ValueError: it cannot run on this model, or no size fits.
@@ -83,7 +83,8 @@ def fitted(model: str, name: str, budget: int) -> Recipe:
         except ValueError as error:
             reason = reason or str(error)
             continue
-        found = made
+        if found is None or made.nfe > found.nfe:  # one that adapts spends less where its last round does not fit
+            found = made
     if found is None:
         raise ValueError(reason)
     return found
