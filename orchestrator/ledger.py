@@ -26,6 +26,7 @@ class Ledger:
             "nfe": 0,
             "nfe_reused": 0,
             "reward_calls": 0,
+            "decodes": 0,
             "generate_s": 0.0,
             "score_s": 0.0,
             "scored": 0,
@@ -49,7 +50,7 @@ class Ledger:
 
     def cost_of(self, recipe: Recipe, start: int, stop: int, store: Store) -> dict[str, float]:
         """What the rows [start, stop) cost whoever made them, from their commit records, in proportion."""
-        total = {"nfe": 0.0, "nfe_reused": 0.0, "reward_calls": 0.0, "generate_s": 0.0}
+        total = dict.fromkeys(("nfe", "nfe_reused", "reward_calls", "decodes", "generate_s"), 0.0)
         for record in store.committed("rows", recipe.key):
             share = max(0, min(stop, record.stop) - max(start, record.start)) / record.rows
             for name in total:

@@ -44,7 +44,7 @@ def scorers(metrics: list[Spec]) -> list[Spec]:
 
 def chunks(recipe: Recipe, needs: list[Spec], start: int, stop: int, store: Store) -> Iterator[dict[str, np.ndarray]]:
     """The columns of the rows [start, stop), ``CHUNK`` rows at a time; ``position`` numbers them from 0."""
-    names = ["label", "nfe", "reward_calls", *(["work"] if recipe.masks else [])]
+    names = ["label", "nfe", "reward_calls", "decodes", *(["work"] if recipe.masks else [])]
     spans = missing(start, stop, covered([], aside(recipe, needs, store)))
     sources = [_rechunk(store, "rows", recipe.key, names, spans)]
     sources += [_rechunk(store, "columns", recipe.column_key(spec), ["value"], spans) for spec in needs]
@@ -66,7 +66,8 @@ def _rechunk(
     size = 0
     for table in chain.from_iterable(store.read(kind, key, *span, columns) for span in spans):
         for name in columns:
-            held[name].append(rows.to_numpy(table[name]))
+            unknown = name not in table.column_names  # made before decoder calls were counted
+            held[name].append(np.full(table.num_rows, np.nan) if unknown else rows.to_numpy(table[name]))
         size += table.num_rows
         while size >= CHUNK:
             whole = {name: np.concatenate(parts) for name, parts in held.items()}

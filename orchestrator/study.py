@@ -177,10 +177,13 @@ class Trial:
 
     @property
     def nfe(self) -> float:
-        """Network evaluations of one sample: the recipe's, or what rows really cost where the solver decides."""
-        if getattr(self.recipe.parts.solver, "adaptive", False) and self.cost.get("nfe"):
-            return self.cost["nfe"] / self.num_samples
-        return self.recipe.nfe
+        """Network evaluations of one sample: as planned, or what rows really cost where that is decided on the way."""
+        return self.recipe.nfe if self.recipe.account.exact else self.values.get("cost/nfe", self.recipe.nfe)
+
+    @property
+    def seconds(self) -> float | None:
+        """Device-seconds of one sample, by whoever made it; None where no rows are there."""
+        return self.cost["generate_s"] / self.num_samples if self.cost.get("generate_s") else None
 
     @property
     def told(self) -> dict[str, float]:
@@ -468,6 +471,16 @@ class _Loop:
         trial.state = "failed" if trial.reason else "degraded" if trial.quarantined else "complete"
         trial.cost = self.ledger.cost_of(trial.recipe, trial.first_index, trial.stop, self.store)
         trial.commit = origin()["commit"]
+        cap = trial.recipe.parts.strategy.budget.get("seconds")
+        if trial.state != "failed" and cap is not None and (trial.seconds or 0.0) > cap:
+            trial.state, trial.reason = (
+                "failed",
+                (
+                    f"its samples took {trial.seconds:.3g} device-seconds each, above strategy.budget.seconds={cap:g}. "
+                    "Raise it, or use fewer steps or candidates."
+                ),
+            )
+            log.error("%s: %s", trial.title, trial.reason)
         if trial.recipe.calibrations:
             kept = [self.store.get_json(ARTIFACTS, c.key) or {} for c in trial.recipe.calibrations]
             trial.cost["calibration_nfe"] = float(sum(meta.get("cost", {}).get("nfe", 0) for meta in kept))

@@ -76,7 +76,7 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
         if span in seen and study.search["name"] in ("single", "grid"):
             continue
         seen.add(span)
-        strategy = trial.recipe.parts.strategy
+        account = trial.recipe.account
         artifacts.update(uncalibrated(trial.recipe, store))
         total["shards"] += len(work)
         ahead = companions(trial.recipe, columns, trial.first_index, trial.stop, study.shard_size, store)
@@ -93,9 +93,9 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
             if piece.rows:
                 count = piece.stop - piece.start
                 total["samples_to_make"] += count
-                total["nfe"] += count * trial.recipe.nfe
+                total["nfe"] += count * account.nfe
                 total["work"] += count * trial.recipe.work
-                total["reward_calls"] += count * strategy.particles * strategy.uses_reward
+                total["reward_calls"] += count * account.reward_calls
     return total | {"companions": companion_rows, "calibrations": len(artifacts)}
 
 

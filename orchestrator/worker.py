@@ -53,11 +53,15 @@ _DEVICE = threading.Lock()
 
 Made = dict[str, Any]
 
+# Where an executor has strategies' rewards scored somewhere else, it puts here what gives the reward of a spec.
+SERVED: list[Callable[[Spec], Any]] = []
+
 
 def _nothing() -> dict[str, float]:
     """The cost of a shard before anything was done."""
     return {
-        "rows": 0, "nfe": 0, "nfe_reused": 0, "reward_calls": 0, "generate_s": 0.0, "score_s": 0.0, "scored": 0,
+        "rows": 0, "nfe": 0, "nfe_reused": 0, "reward_calls": 0, "decodes": 0, "generate_s": 0.0, "score_s": 0.0,
+        "scored": 0,
     }  # fmt: skip
 
 
@@ -96,12 +100,15 @@ def generate(shard: Shard) -> Made:
             states = StateCache(shard.root, shard.reuse_bytes) if shard.reuse_bytes else None
             if states is not None:
                 found["states"] = states
+            if SERVED:
+                found["served"] = SERVED[-1]
             columns = run.generate(recipe, shard.start, shard.stop, shard.isolated, **found)
             cost["generate_s"] = time.perf_counter() - began
         cost["rows"] = shard.stop - shard.start
         cost["nfe_reused"] = 0 if states is None else states.reused
         cost["nfe"] = int(columns["nfe"].sum()) - cost["nfe_reused"]
         cost["reward_calls"] = int(columns["reward_calls"].sum())
+        cost["decodes"] = int(columns["decodes"].sum())
     else:
         table = pa.concat_tables(store.read("rows", recipe.key, shard.start, shard.stop))
         columns = {"x0": rows.samples(table, recipe.parts.model.shape), "label": rows.to_numpy(table["label"])}

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from tasks import calibration, registry
+from tasks import account, calibration, registry
+from tasks.account import Account
 from tasks.calibration import Calibration
 from tasks.registry import Spec, unknown
 from tasks.rehearsal import rehearse
@@ -204,6 +203,8 @@ class Recipe:
             )
         if hasattr(p.strategy, "check_recipe"):
             p.strategy.check_recipe(self)
+        adaptive = self.solver["name"] if getattr(p.solver, "adaptive", False) else ""
+        account.check_budget(self.strategy["name"], p.strategy.budget, self.account, adaptive)
 
     def _check_pairings(self) -> None:
         """Refuse a model, solver, times or initial state that do not belong together."""
@@ -330,21 +331,40 @@ class Recipe:
             return classes
         return index % classes if self.labels == "cycle" else int(self.labels)  # type: ignore[arg-type]
 
-    @property
-    def nfe(self) -> int:
-        """Network evaluations that one sample costs, for strategies that spend evenly.
+    @cached_property
+    def evaluations(self) -> tuple[int, ...]:
+        """Network evaluations of every step of one trajectory, guidance included.
 
-        A lower bound where the solver chooses its own steps (``adaptive``); the rows know what they cost.
+        What the initial state takes is part of the first step; a step in which the grid rises takes none.
         """
         grid, stock_steps = self.grid
-        p, spent = self.parts, 0
+        p = self.parts
         if self._is_limited and not getattr(p.solver, "adaptive", False):
-            return rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps)[0] * p.strategy.particles
+            return tuple(count for count, _ in rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps))
+        spent: list[int] = []
         for first, last in segments(grid) if stock_steps is None else [(0, stock_steps)]:
-            stops_early = stock_steps is None and grid[last] > 0
-            count = getattr(p.solver, "nfe_before_data", p.solver.nfe) if stops_early else p.solver.nfe
-            spent += count(last - first)
-        return (spent + p.initial.evaluations) * p.guidance.evaluations * p.strategy.particles
+            spent += [0] * (first > 0)
+            # A solver with a memory starts afresh where the grid rose; one without knows the number of its step only.
+            begin = first if hasattr(p.solver, "start") else 0
+            run = account.steps(p.solver, last - begin, stock_steps is not None or grid[last] == 0)
+            spent += run[first - begin :]
+        spent[0] += p.initial.evaluations
+        return tuple(p.guidance.evaluations * each for each in spent)
+
+    @cached_property
+    def account(self) -> Account:
+        """What one sample is planned to cost.
+
+        Where it is not exact, the numbers are upper bounds of a strategy that decides as it goes, or the lower bound of
+        a solver that chooses its own steps; the rows know what they cost.
+        """
+        found = self.parts.strategy.account(self.evaluations)
+        return replace(found, exact=False) if getattr(self.parts.solver, "adaptive", False) else found
+
+    @property
+    def nfe(self) -> int:
+        """Planned network evaluations of one sample."""
+        return self.account.nfe
 
     @property
     def work(self) -> float:
@@ -352,8 +372,8 @@ class Recipe:
         if not self.masks:
             return float(self.nfe)
         p, (grid, stock_steps) = self.parts, self.grid
-        saved = np.subtract(*rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps))
-        return float(self.nfe - saved * p.strategy.particles)
+        steps = rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps)
+        return self.nfe - p.strategy.particles * sum(count - share for count, share in steps)
 
     @cached_property
     def key(self) -> str:
@@ -380,7 +400,7 @@ class Recipe:
                 "solver": self.solver,
                 "times": list(grid) if stock_steps is None else stock_steps,
                 "guidance": registry.identity(self.guidance),
-                "strategy": self.strategy,
+                "strategy": self.strategy | {"budget": self._budget},
                 "reward": scorer_identity(self.reward) if self.parts.strategy.uses_reward else None,
                 "labels": self.labels if self.parts.model.num_classes else None,
                 "batch_size": self.batch_size,
@@ -388,6 +408,11 @@ class Recipe:
                 "numerics": f"{self.device}/{self.dtype}",
             }
         )
+
+    @property
+    def _budget(self) -> dict[str, float]:
+        """The caps that the strategy adapts to; others refuse a recipe, and change no row."""
+        return {k: v for k, v in self.parts.strategy.budget.items() if k in getattr(self.parts.strategy, "adapts", ())}
 
     def companion(self, scorer: Spec) -> Recipe | None:
         """The recipe whose rows of the same indices a scorer compares these rows with; None where it needs no others.

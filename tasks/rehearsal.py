@@ -38,8 +38,8 @@ class _Silent:
 
 def rehearse(
     model: Any, solver: Any, guidance: Any, grid: tuple[float, ...], stock_steps: int | None
-) -> tuple[int, float]:
-    """Count the evaluations of one trajectory from pure noise along a grid.
+) -> list[tuple[int, float]]:
+    """Count the evaluations of every step of one trajectory from pure noise along a grid.
 
     Args:
         model: the model plug-in, without weights.
@@ -49,12 +49,17 @@ def rehearse(
         stock_steps: the number of steps given to a stock scheduler that lays its own grid, else None.
 
     Returns:
-        network evaluations, and the same weighted by the share of the network that each takes.
+        for every step its network evaluations, and the same weighted by the share of the network that each takes.
     """
     silent: Any = _Silent(model.noising, model.num_classes, getattr(model, "blocks", None))
     counted = CountedModel(silent, max_rows=1)
     cond = torch.zeros(1, dtype=torch.int64) if model.num_classes else None
     noise: Any = RowNoise(0, torch.zeros(1, dtype=torch.int64), dtype=torch.float64)
     with torch.no_grad():
-        Sampler(guidance.wrap(counted), solver, grid, cond, stock_steps).run(noise)
-    return counted.rows, counted.work
+        sampler = Sampler(guidance.wrap(counted), solver, grid, cond, stock_steps)
+        state, spent = sampler.start(noise), []
+        while state.step < sampler.num_steps:
+            before = counted.rows, counted.work
+            state = sampler.step(state, noise)
+            spent.append((counted.rows - before[0], counted.work - before[1]))
+    return spent

@@ -65,6 +65,7 @@ def generate(
     progress: Callable[[int], None] | None = None,
     artifacts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     states: States | None = None,
+    served: Callable[[Spec], Callable[..., torch.Tensor]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Make the rows [start, stop) of a recipe.
 
@@ -77,10 +78,14 @@ def generate(
         progress: called with the number of rows done after every block.
         artifacts: the recipe's calibrations by key; made here when left out.
         states: where trajectories that begin alike leave their states; each row is the same with and without.
+        served: gives the reward of a spec where it is scored somewhere else; one whose gradient is taken, or that
+            depends on the row, stays here.
 
     Returns:
-        columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``seconds``, ``x0``
-        (decoded, (B, *shape)), the strategy's own, and, where steps leave out blocks of the network, ``work``.
+        columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``decodes``
+        (before rewards), ``seconds`` (of the device: the share of its batch, by evaluations), ``x0`` (decoded,
+        (B, *shape)), the strategy's own, and, where steps leave out blocks of the network, ``work``. A strategy that
+        decides as it goes gives the first three for each row.
 
     Raises:
         ValueError: a sample that is not finite, with its index.
@@ -94,6 +99,10 @@ def generate(
     base = load_model(recipe)
     size = rows_per_block(recipe)
     prefixes = () if states is None or isolated else keys(recipe)
+    scorer = parts.reward
+    if served is not None and recipe.reward is not None and parts.strategy.uses_reward:
+        stays = recipe.account.gradients or hasattr(scorer, "at")
+        scorer = scorer if stays else served(recipe.reward)
     pieces: list[dict[str, np.ndarray]] = []
     for first, low, high in blocks(start, stop, size):
         began = time.perf_counter()
@@ -106,7 +115,7 @@ def generate(
         reward = None
         if parts.strategy.uses_reward:
             assert recipe.reward is not None
-            reward = CountedReward(parts.reward, recipe.reward["name"], indices)
+            reward = CountedReward(scorer, recipe.reward["name"], indices)
         noise = RowNoise(recipe.seed, indices, dtype=getattr(torch, recipe.dtype))
         resume = Resume(prefixes, states, first, counted) if states is not None and prefixes else None
         sampler = replace(sampler, resume=resume)
@@ -130,7 +139,8 @@ def generate(
             "label": np.where(recipe.has_labels, labels[keep].cpu().numpy(), -1).astype(np.int64),
             "nfe": np.full(count, counted.rows // size, dtype=np.int32),
             "reward_calls": np.full(count, 0 if reward is None else reward.rows // size, dtype=np.int32),
-            "seconds": np.full(count, elapsed / size, dtype=np.float32),
+            "decodes": np.full(count, counted.decoded // size, dtype=np.int32),
+            "seconds": _shares(elapsed, size, result.columns.get("nfe"))[keep],
             "x0": sample,
         }
         if counted.work != counted.rows:
@@ -142,6 +152,14 @@ def generate(
         if progress is not None:
             progress(high - start)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _shares(seconds: float, rows: int, nfe: torch.Tensor | None) -> np.ndarray:
+    """A batch's time divided among its rows, in proportion to their evaluations where these differ; (B,) float32."""
+    weights = np.ones(rows) if nfe is None else nfe.cpu().numpy().astype(np.float64)
+    if not weights.sum():
+        weights = np.ones(rows)
+    return (seconds * weights / weights.sum()).astype(np.float32)
 
 
 def score(

@@ -14,7 +14,7 @@ from tasks.types import Model, Noise, State, reindex
 
 
 class CountedModel:
-    """Counts network evaluations, one per row and call, and bounds how many rows one call takes.
+    """Counts network evaluations and decoder calls, one per row and call, and bounds how many rows one call takes.
 
     Guidance wraps this object, so that a method which asks twice is charged twice.
 
@@ -25,7 +25,8 @@ class CountedModel:
     """
 
     def __init__(self, model: Model, max_rows: int) -> None:
-        self._model, self.max_rows, self.rows, self.work, self._share = model, max_rows, 0, 0.0, 1.0
+        self._model, self.max_rows, self._share = model, max_rows, 1.0
+        self.rows, self.decoded, self.work = 0, 0, 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -43,6 +44,11 @@ class CountedModel:
                 yield
             finally:
                 self._share = before
+
+    def decode(self, x0: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The model's decoder."""
+        self.decoded += len(x0)
+        return self._model.decode(x0, cond)
 
     @property
     def maps(self) -> bool:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dashboards.report import figures, search
+from dashboards.report import figures, scaling, search
 from dashboards.report.findings import findings
 from dashboards.report.view import Z95, Row, best_by_nfe, compared, parts, value_names
 from orchestrator import rows
@@ -40,7 +40,7 @@ def render(results: Results, store: Store, name: str) -> str:
     sections = []
     if any(row.complete for row in table):
         found = search.sections(table, results.search(), better, store, config)
-        sections = [*found, *_sections(table, config, names, better, store)]
+        sections = [*found, *scaling.sections(table, names, store), *_sections(table, config, names, better, store)]
     return environment.get_template("page.html").render(
         name=name,
         config=config,

@@ -109,6 +109,28 @@ def front(rows: list[Row], held: list[Row], names: list[str]) -> Any:
     return figure
 
 
+def curves(series: dict[str, list[Any]], title: str, y: str) -> Any:
+    """Estimates against k, label -> [(k, Estimate)], with their intervals."""
+    figure = _figure(title, "candidates k", y)
+    for i, (label, points) in enumerate(series.items()):
+        figure.add_scatter(
+            x=[k for k, _ in points],
+            y=[e.value for _, e in points],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [e.high - e.value for _, e in points],
+                "arrayminus": [e.value - e.low for _, e in points],
+                "thickness": 1,
+            },
+            mode="lines+markers",
+            name=label,
+            line={"color": COLOURS[i % len(COLOURS)]},
+        )
+    figure.update_xaxes(type="log", tickvals=sorted({k for points in series.values() for k, _ in points}))
+    return figure
+
+
 def schedules(rows: list[Row], process: Any) -> Any:
     """Time grids drawn over each other: half log-SNR at every step (t where it is infinite)."""
     import math

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dashboards.report.view import Z95, Row, compared, parts
+from dashboards.report.view import Z95, Row, compared, costs, parts, unequal
 from orchestrator import measure
 from orchestrator.store import CorruptShard, Store
 from tasks import registry
@@ -75,6 +75,8 @@ def _winners(pool: list[Row], judge: Judge) -> list[str]:
         if rivals:
             second = rivals[0]
             line += f"; against {second.solver} with {second.grid}, the next, {judge.difference(first, second)}"
+            warning = unequal(first, second)
+            line += f" at equal cost of {costs(first)} a sample" if not warning else f". {warning}"
         lines.append(line + ".")
     return lines
 

@@ -80,8 +80,8 @@ def _answer(rows: list[Row], held: list[Row], judge: Judge) -> list[str]:
         else:
             gap = equal - winner.measured(judge.name)
             lines.append(
-                f"The optimism of the choice is {gap:+.3g}: {equal:.3f} on the first {_samples(winner)} of the held-out "
-                f"ones, against {winner.measured(judge.name):.3f} on those it was chosen on."
+                f"The optimism of the choice is {gap:+.3g}: {equal:.3f} on the first {_samples(winner)} of the "
+                f"held-out ones, against {winner.measured(judge.name):.3f} on those it was chosen on."
             )
     if known is None:
         return [*lines, "No baseline was tried: set search.baselines=stock."]

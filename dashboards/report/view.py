@@ -77,7 +77,15 @@ class Row:
     @property
     def particles(self) -> int:
         """N of best-of-N, else 1."""
-        return self.recipe["strategy"].get("n", 1)
+        spec = self.recipe["strategy"]
+        return spec.get("n", 1) if spec["name"] == "best_of_n" else 1
+
+    @property
+    def strategy(self) -> str:
+        """The strategy and the number of candidates that it is named by."""
+        spec = self.recipe["strategy"]
+        sizes = ("n", "max_n", "particles", "children", "width", "rounds", "max_nfe", "iterations")
+        return " ".join([spec["name"], *(f"{key}={spec[key]}" for key in sizes if key in spec)])
 
     @property
     def span(self) -> tuple[int, int]:
@@ -109,6 +117,32 @@ class Row:
         return self.data.get(f"se/{name}") or 0.0
 
 
+COSTS = {"nfe": "network evaluations", "reward_calls": "reward calls", "decodes": "decoder calls"}
+TOLERANCE = 0.05  # costs further apart than this are not equal
+
+
+def cost(row: Row, name: str) -> float:
+    """What one sample cost; 0 where older rows do not say."""
+    return row.value(f"cost/{name}") or 0.0
+
+
+def costs(row: Row) -> str:
+    """The cost of one sample in words."""
+    found = [f"{cost(row, name):.4g} {words}" for name, words in COSTS.items() if name == "nfe" or cost(row, name)]
+    seconds = row.value("cost/seconds")
+    return ", ".join(found + ([f"{seconds:.3g} device-seconds"] if seconds else []))
+
+
+def unequal(a: Row, b: Row) -> str:
+    """A warning where the counted costs of a sample differ by more than 5 %; empty where they are equal."""
+    differ = []
+    for name, words in COSTS.items():
+        x, y = cost(a, name), cost(b, name)
+        if abs(x - y) > TOLERANCE * max(x, y):
+            differ.append(f"{x:.4g} against {y:.4g} {words}")
+    return f"Costs differ: {'; '.join(differ)} a sample" if differ else ""
+
+
 def value_names(rows: Iterable[Row], order: Iterable[str]) -> list[str]:
     """All values that some trial has, in the order of the study's metrics: the first quality is the one that counts."""
     names = {key.removeprefix("value/") for row in rows for key in row.data if key.startswith("value/")}
@@ -127,7 +161,7 @@ def parts(rows: list[Row]) -> dict[str, list[Row]]:
 
 def compared(rows: list[Row]) -> list[Row]:
     """The trials whose values may be set side by side: held-out ones where there are any, else all single ones."""
-    single = [row for row in rows if row.complete and row.particles == 1 and not row.stopped]
+    single = [row for row in rows if row.complete and row.recipe["strategy"]["name"] == "single" and not row.stopped]
     return [row for row in single if row.held_out] or single
 
 

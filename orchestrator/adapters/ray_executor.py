@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from orchestrator.adapters import ray_rewards
 from orchestrator.ports import WorkerLost
 from orchestrator.registries import executors
 
@@ -41,6 +42,9 @@ class RayExecutor:
         gpus: accelerators per actor; fractions share one.
         pools: further pools by stage, ``{score: {workers: 1, gpus: 0.5}, write: {workers: 4}}``, with ``workers``,
             ``cpus``, ``gpus`` and ``resources`` each; a stage without a pool runs where the rows were generated.
+        reward_actor: ``{num_cpus: 1, num_gpus: 0, env: {pip: [...]}}`` has the rewards that strategies ask scored in
+            an actor of their own, one for each reward; empty scores them where the rows are generated. Values are
+            the same bit for bit on one kind of device.
         max_losses: how often a task's worker may die before the task itself is suspected.
         silence_s: how long a worker may not answer before it counts as lost. Ray alone can wait for ever for a node
             whose link was cut.
@@ -53,10 +57,12 @@ class RayExecutor:
     cpus: float = 1.0
     gpus: float = 0.0
     pools: dict[str, Any] = field(default_factory=dict)
+    reward_actor: dict[str, Any] = field(default_factory=dict)
     max_losses: int = 3
     silence_s: float = 60.0
 
     def __post_init__(self) -> None:
+        ray_rewards.check(self.reward_actor)
         if self.workers < 0:
             raise ValueError(
                 f"executor.workers must be at least 0 (0: as many as there is room for), got {self.workers}."
@@ -117,6 +123,7 @@ class RayPool:
         if self._owned:
             local = spec.address == "local"
             room = max(spec.workers, 1) * spec.cpus
+            room += self._spec.reward_actor.get("num_cpus", 1) if self._spec.reward_actor else 0
             room += sum(pool.get("workers", 1) * pool.get("cpus", 1.0) for pool in spec.pools.values())
             options: dict[str, Any] = {"num_cpus": max(math.ceil(room), 1), "include_dashboard": False} if local else {}
             ray.init(
@@ -188,7 +195,7 @@ class RayPool:
             resources=dict(pool.get("resources", {})) or None,
             max_restarts=0,
         )
-        worker = _Worker(stage, remote.remote())
+        worker = _Worker(stage, remote.remote(dict(self._spec.reward_actor)))
         self._workers.append(worker)
         self._ask(worker)
 
@@ -306,6 +313,12 @@ class RayPool:
 
 class _Actor:
     """Runs tasks in a warm process; answers its pulse from another thread."""
+
+    def __init__(self, reward_actor: dict[str, Any]) -> None:
+        from orchestrator import worker
+
+        if reward_actor:
+            worker.SERVED.append(partial(ray_rewards.ServedReward, options=reward_actor))
 
     def work(self, calls: list[Callable[..., Any]], task: Any, carried: Any) -> Any:
         """Some functions in a row: the first takes the task (and what was carried), the others what came before."""

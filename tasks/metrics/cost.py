@@ -12,11 +12,15 @@ from tasks.moments import Moments
 from tasks.registry import Spec, metrics
 from tasks.types import Rows
 
+COUNTS = ("nfe", "reward_calls", "decodes")
+
 
 @metrics.register("cost")
 @dataclass(frozen=True)
 class Cost:
-    """Network evaluations and reward calls per sample: two budgets, reported side by side and never added.
+    """Network evaluations, reward calls and decoder calls per sample: budgets side by side, never added.
+
+    Seconds are in the trial table, but no metric: they are not the same again.
 
     Where steps leave out blocks of the network, ``cost/work`` says what the evaluations come to in whole networks, by
     multiply-adds; elsewhere it would be ``cost/nfe`` again and is not shown.
@@ -24,7 +28,7 @@ class Cost:
     Reference: none needed.
     """
 
-    better = {"cost/nfe": "lower", "cost/reward_calls": "lower", "cost/work": "lower"}
+    better = {f"cost/{name}": "lower" for name in COUNTS}
 
     def needs(self) -> tuple[Spec, ...]:
         """Columns that every row has."""
@@ -38,7 +42,7 @@ class Cost:
 
     def summarize(self, rows: Rows) -> Moments:
         """Count and means."""
-        return Moments.of(np.stack([rows[column] for column in _COLUMNS if column in rows], axis=1))
+        return Moments.of(np.stack([rows[name] for name in COUNTS if name in rows], axis=1))
 
     def merge(self, a: Moments, b: Moments) -> Moments:
         """Of both."""
@@ -46,12 +50,11 @@ class Cost:
 
     def compute(self, summary: Moments, reference: Any) -> dict[str, float]:
         """The means."""
-        return {f"cost/{column}": float(mean) for column, mean in zip(_COLUMNS, summary.mean, strict=False)}
+        found = dict(zip(COUNTS, map(float, summary.mean), strict=False))
+        # Rows of before decoder calls were counted do not know theirs.
+        return {f"cost/{name}": value for name, value in found.items() if name != "decodes" or value == value}
 
     def influence(self, summary: Moments, reference: Any, rows: Rows) -> dict[str, np.ndarray]:
         """Deviation from the means."""
-        pairs = zip(_COLUMNS, summary.mean, strict=False)
-        return {f"cost/{column}": rows[column].astype(np.float64) - mean for column, mean in pairs}
-
-
-_COLUMNS = ("nfe", "reward_calls", "work")
+        known = self.compute(summary, reference)
+        return {name: rows[name[5:]].astype(np.float64) - value for name, value in known.items()}

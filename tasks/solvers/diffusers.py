@@ -163,6 +163,11 @@ class DiffusersScheduler:
         """The number of entries in the scheduler's list of timesteps."""
         return _count(self.scheduler, _text(self.config), num_steps)
 
+    def step_nfe(self, num_steps: int, to_data: bool) -> list[int]:
+        """Entries of the list that each step takes."""
+        entries, stride = self.nfe(num_steps), _EVALUATIONS.get(self.scheduler, 1)
+        return [min(stride, entries - first) for first in range(0, entries, stride)]
+
     def fit(self, nfe: int) -> tuple[dict[str, Any], int]:
         """The number of steps that costs exactly ``nfe``.
 

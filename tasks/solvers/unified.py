@@ -132,6 +132,17 @@ class Unified:
             return presets.nfe(self.settings, num_steps, to_data=False)
         return sum(map(evaluations, self.records))
 
+    def step_nfe(self, num_steps: int, to_data: bool) -> list[int]:
+        """Evaluations of each step of the grid."""
+        if self.records is not None:
+            spent = list(map(evaluations, self.records))
+            spent[-1] -= to_data and self.records[-1].corrector == "implicit"
+            return spent
+        ends = [
+            k if k == 0 else presets.nfe(self.settings, k, to_data and k == num_steps) for k in range(num_steps + 1)
+        ]
+        return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+
     def fit(self, nfe: int) -> tuple[dict[str, Any], int]:
         """The steps that spend ``nfe``."""
         if self.records is not None:

@@ -54,7 +54,7 @@ class ActiveSampling:
         window: the part of the run over which they are spread, from and to, 0 for its start.
         width: standard deviation of the Gaussians in the entropy, in units of the measurement.
         zeta: step size of the guidance.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Nolan et al. 2025, "Active Diffusion Subsampling".
     Cost: K times the solver's evaluations and a backward pass for each; no reward calls (A is known).

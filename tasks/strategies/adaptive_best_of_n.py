@@ -35,7 +35,7 @@ class AdaptiveBestOfN:
         mean: prior mean of the reward.
         std: prior standard deviation of the reward.
         prior_weight: how many rewards the prior counts as; a large number means that the law is known.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Weitzman 1979, "Optimal search for the best alternative" (Pandora's rule).
     Cost: between min_n and max_n trajectories and reward calls, each row its own (columns ``nfe``, ``reward_calls``).
@@ -54,6 +54,7 @@ class AdaptiveBestOfN:
     particles = 1
     branches = False
     intermediate = False
+    adapts = ("nfe", "reward_calls", "decodes")
     semantics = "best"
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ class AFDPS:
         power: beta_t = (1 - t)^power; 0 keeps beta at 1 (the paper's choice, with kappa=1), which degenerates.
         strength: inverse temperature; 1 is the posterior.
         threshold: particles of a sample are resampled when its effective sample size falls below threshold K.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Chen et al. 2025, "Solving Inverse Problems via Diffusion-Based Priors: An Approximation-Free Ensemble
         Sampling Approach" (kappa=1, power=0); Skreta et al. 2025, "Feynman-Kac Correctors in Diffusion" (reward tilt).

@@ -31,7 +31,7 @@ class Beam:
         widths: survivors in equal stretches of the steps, in place of ``width``: (8, 4, 2) is wide in the first third.
         branching: children in equal stretches of the steps, in place of ``children``.
         lookahead_steps: steps to the data by which a child is judged; 1 is its clean prediction.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Li et al. 2025, "Dynamic Search for Inference-Time Alignment in Diffusion Models" (DSearch: schedules of
         width and look-ahead).

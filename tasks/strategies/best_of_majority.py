@@ -32,7 +32,7 @@ class BestOfMajority:
         equivalence: when two samples are the same answer: ``classifier`` (the embedded classifier sees the same digit),
             ``cell`` (every coordinate lies in the same cell), ``tokens`` (equal strings). Must be chosen.
         cell: edge of a cell.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Di et al. 2025, "Best-of-Majority: Minimax-Optimal Strategy for Pass@k Inference Scaling", algorithm 1.
     Cost: N times the solver's evaluations and N reward calls.

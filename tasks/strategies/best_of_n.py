@@ -22,7 +22,7 @@ class BestOfN:
 
     Args:
         n: number of candidates N.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Stiennon et al. 2020, "Learning to summarize from human feedback"; Nakano et al. 2021 (best of n).
     Cost: N times the solver's evaluations and N reward calls (none for N = 1).

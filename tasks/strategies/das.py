@@ -47,7 +47,7 @@ class DAS:
         scheme: ssp, systematic, stratified, residual or multinomial.
         output: sample (a draw by weight), all (with every particle in the column ``candidates``), or best (the largest
             reward: an optimiser, no draw).
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Kim et al. 2025, "Test-time Alignment of Diffusion Models without Reward Over-optimization". Their code
         leaves twists and gradients behind when it resamples, and finds the adaptive temper by gradient descent.

@@ -26,7 +26,7 @@ class DPS:
 
     Args:
         zeta: step size; 0.3 to 1 in the paper, at 1000 steps. Fewer steps need more.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Chung et al. 2023, "Diffusion Posterior Sampling for General Noisy Inverse Problems", algorithm 1.
     Cost: the solver's evaluations and a backward pass through the network for each; no reward calls (A is known).

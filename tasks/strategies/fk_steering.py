@@ -52,7 +52,7 @@ class FKSteering:
             uses: it needs a solver of one evaluation a step.
         output: sample (a draw by weight), all (the same, with every particle in the column ``candidates``), or best
             (the largest reward: an optimiser, no draw).
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Singhal et al. 2025, "A General Framework for Inference-time Scaling and Steering of Diffusion Models".
         We differ in the terminal correction of max and in carrying weights; their adaptive mode drops them.

@@ -67,7 +67,7 @@ class FKC:
         clamp: largest distance of a step's increment from its group's mean; null clamps nothing. Clamping biases; the
             column ``clipped`` counts it.
         output: sample (a draw by weight) or all (with every particle in the column ``candidates``).
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Skreta et al. 2025, "Feynman-Kac Correctors in Diffusion: Annealing, Guidance, and Product of Experts".
         The exponential step, the default of zeta^2 and the weight of the tilt along the ODE are ours.

@@ -35,7 +35,7 @@ class Minority:
         draws: noises of one score.
         interval: steps between two scores.
         threshold: particles of a sample are resampled when its effective sample size falls below threshold K.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Um et al. 2024, "Don't Play Favorites: Minority Guidance for Diffusion Models" (score); Singhal et
         al. 2025, "A General Framework for Inference-time Scaling and Steering of Diffusion Models" (steering).

@@ -34,7 +34,7 @@ class NoiseGradient:
         clip: largest length of a gradient.
         checkpointing: keep only the states between steps and run each step again on the way back: memory of one step
             instead of all, for one more evaluation a step.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Eyring et al. 2024, "ReNO: Enhancing One-step Text-to-Image Models through Reward-based Noise
         Optimization", eq. 6; Ben-Hamu et al. 2024, "D-Flow" (through many steps, with checkpointing); Samuel et al.

@@ -41,7 +41,7 @@ class NoiseSearch:
         cosine: cosine of the angle between a noise and its neighbours (sphere).
         spread: size of the perturbation (vp).
         restart: whether a round without improvement starts afresh (sphere, vp).
-        budget: caps per sample: nfe, reward_calls, decodes, device_s; no round begins that would exceed one.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds; no round begins that would exceed one.
 
     Reference: Ma et al. 2025, "Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps", section 3.
     Cost: a trajectory and a reward call for each candidate and for the first sample.
@@ -59,6 +59,7 @@ class NoiseSearch:
 
     branches = False
     intermediate = False
+    adapts = ("nfe", "reward_calls", "decodes")
     semantics = "best"
 
     def __post_init__(self) -> None:

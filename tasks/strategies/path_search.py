@@ -33,7 +33,7 @@ class PathSearch:
         forward: time by which a copy is noised.
         back: time by which it is denoised.
         back_steps: equal solver steps of a round.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Ma et al. 2025, "Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps", section 3.
         They keep the forward and back intervals as here on a flow whose time is its noise level.

@@ -26,7 +26,7 @@ class PrunedBestOfN:
         n: number of candidates N at the start.
         factor: how many times fewer candidates stay at a check.
         checks: fractions of the steps after which candidates are compared, increasing, in (0, 1).
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Karnin et al. 2013, "Almost optimal exploration in multi-armed bandits" (sequential halving); Manvi et
     al. 2024, "Adaptive Inference-Time Compute" (stopping samples in mid-generation).

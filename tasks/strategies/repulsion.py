@@ -33,7 +33,7 @@ class Repulsion:
         alpha: strength of the repulsion, relative to the length of a prediction.
         features: identity (the prediction itself) or classifier (the embedded digit classifier's 64 activations).
         pick: the particle to return; null returns the one with the largest reward.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Lamont et al. 2026, "Free Lunch for Pass@k? Low Cost Diverse Sampling for Diffusion Language Models".
         That is for tokens; here, its continuous counterpart, the gradient acts on clean predictions instead of logits.

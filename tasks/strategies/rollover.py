@@ -39,7 +39,7 @@ class Rollover:
         norm: diffusion at time 1; g(t) = norm t^power.
         power: how fast the diffusion falls.
         warp: whether times are moved to ``sqrt(1 - (1 - t)^2)``, longer among the noise.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s; lowers max_nfe.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds; lowers max_nfe.
 
     Reference: Kim et al. 2025, "Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget
         Forcing", algorithm 1. There the quota counts T steps; here T - 1, since the last prediction is the sample.
@@ -56,6 +56,7 @@ class Rollover:
     warp: bool = True
     budget: dict[str, float] = field(default_factory=dict)
 
+    adapts = ("nfe", "reward_calls", "decodes")
     semantics = "best"
     branches = False  # it makes its own steps stochastic
 

@@ -17,7 +17,7 @@ class Single:
     """One trajectory per sample: the baseline that every other strategy equals with one particle.
 
     Args:
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: none needed.
     Cost: the solver's evaluations; no reward calls.

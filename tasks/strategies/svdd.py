@@ -47,7 +47,7 @@ class SVDD:
         predictions: clean guesses that posterior_mean draws of tokens, whose prediction is a distribution; ``log mean
             exp(strength r)`` over them is the value.
         select_last: choose among M children of the last step too, by their own rewards; useful where that step draws.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Li et al. 2024, "Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft
         Value-Based Decoding". Their Monte-Carlo value is a network fitted to E[r | x_t]; the mean of exp here is the

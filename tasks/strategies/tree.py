@@ -30,7 +30,7 @@ class Tree:
         depth: branching steps.
         branching: children b of each node.
         eta: the solver's ``eta`` at the last branching step; its own eta is not used.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Fu et al. 2025, "Dynamic-TreeRPO: Breaking the Independent Trajectory Bottleneck with Structured
         Sampling" (the sampling part; no code is public, so the growth of the noise is from the text).

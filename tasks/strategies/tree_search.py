@@ -72,7 +72,7 @@ class TreeSearch:
         exploration: weight of rarely visited children (uct).
         widening: factor of the number of children.
         power: its growth with the number of visits, between 0 and 1.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s; lowers max_nfe.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds; lowers max_nfe.
 
     Reference: Jain et al. 2025, "Diffusion Tree Sampling: Scalable Inference-Time Alignment of Diffusion Models".
     Cost: at most max_nfe evaluations (times those of guidance); one reward call a rollout.
@@ -88,6 +88,7 @@ class TreeSearch:
     budget: dict[str, float] = field(default_factory=dict)
 
     particles = 1
+    adapts = ("nfe",)
     uses_reward = True
     intermediate = False
     branches = True

@@ -51,7 +51,7 @@ class VarianceFilter:
         pilot: trajectories of the calibration.
         threshold: a threshold of your own; then nothing is calibrated.
         artifact: file with a threshold made before.
-        budget: caps per sample: nfe, reward_calls, decodes, device_s.
+        budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Aithal et al. 2024, "Understanding Hallucinations in Diffusion Models through Mode Interpolation",
     section 5.

@@ -40,7 +40,11 @@ def test_values_and_errors_do_not_depend_on_shard_sizes_by_a_single_bit(
         store = make(gmm, tmp_path / str(size), 5, 105, size)
         found.append(measure.measure(gmm, METRICS, 5, 105, store))
     assert all(other == found[0] for other in found[1:])
-    assert set(found[0][0]) == set(found[0][1]) == {"quality/frechet", "reward/ink", "cost/nfe", "cost/reward_calls"}
+    assert (
+        set(found[0][0])
+        == set(found[0][1])
+        == {"quality/frechet", "reward/ink", "cost/nfe", "cost/reward_calls", "cost/decodes"}
+    )
 
 
 def test_chunks_have_fixed_sizes_whatever_the_shards_were(
@@ -75,7 +79,7 @@ def test_kept_values_belong_to_one_range_and_one_set_of_metrics(gmm: Recipe, tmp
     store = make(gmm, tmp_path, 0, 48, 16)
     half, whole = measure.measure(gmm, METRICS, 0, 24, store), measure.measure(gmm, METRICS, 0, 48, store)
     assert half[0]["reward/ink"] != whole[0]["reward/ink"]
-    assert set(measure.measure(gmm, METRICS[2:], 0, 48, store)[0]) == {"cost/nfe", "cost/reward_calls"}
+    assert set(measure.measure(gmm, METRICS[2:], 0, 48, store)[0]) == {"cost/nfe", "cost/reward_calls", "cost/decodes"}
 
 
 def test_damaged_kept_values_are_measured_again(gmm: Recipe, tmp_path: Path) -> None:

@@ -187,3 +187,40 @@ def test_a_task_that_always_kills_its_worker_is_given_up_after_the_losses_that_a
 def test_impossible_resources_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="executor"):
         RayExecutor(**fields)
+
+
+# --- rewards in an actor of their own --------------------------------------------------------------------------------
+
+
+def test_a_reward_in_an_actor_of_its_own_gives_the_rows_of_this_process_bit_for_bit_and_scores_nothing_twice(
+    make_study: Callable, launch: Callable, tmp_path: Path, one: Any
+) -> None:
+    from orchestrator.adapters.ray_rewards import _HELD, ServedReward
+
+    best = {"name": "best_of_n", "n": 4}
+    recipe = Recipe("digits", "euler", "uniform", "none", best, "class_log_prob", batch_size=16).completed()  # type: ignore[arg-type]
+    recipe = recipe.override({"times.num_steps": 2})
+    fields: dict[str, Any] = {"recipe": recipe, "num_samples": 8, "shard_size": 8}
+    here = launch(make_study(**fields, root=str(tmp_path / "here")))
+    options = {"num_cpus": 0}
+    pool = RayExecutor(workers=1, cpus=0.0, reward_actor=options).start()
+    try:
+        for name in ("there", "again"):
+            study = make_study(**fields, root=str(tmp_path / name))
+            there = launch(study, pool)
+            assert there.trials[0].state == "complete", there.trials[0].reason
+            assert np.array_equal(
+                samples(study, recipe), samples(make_study(**fields, root=str(tmp_path / "here")), recipe)
+            )
+            assert there.trials[0].values == here.trials[0].values
+        counts = ray.get(ServedReward(recipe.reward, options).actor().counts.remote())  # type: ignore[arg-type]
+        assert (counts["scored"], counts["reused"]) == (32, 32)
+    finally:
+        _HELD.clear()
+        pool.close()
+
+
+def test_an_actor_with_options_that_mean_nothing_is_refused() -> None:
+    for options, message in (({"gpus": 1}, "unknown field"), ({"num_cpus": -1}, "at least 0"), ({"env": 3}, "runtime")):
+        with pytest.raises(ValueError, match=message):
+            RayExecutor(reward_actor=options)

@@ -211,3 +211,36 @@ def test_a_search_is_answered_on_held_out_samples_with_its_optimism_at_equal_cou
     assert f"The winner is trial {best['number']}: {chosen:.3f}" in text
     assert f"The optimism of the choice is {fresh - chosen:+.3g}: {fresh:.3f} on the first 64 samples" in text
     assert "Against the best baseline (baseline 1; held out" in text and "(paired)" in text
+
+
+# --- scaling ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_scaling_study_and_space_plan_and_keep_their_budget(solvus: Callable, tmp_path: Path) -> None:
+    found = solvus("plan", "study=scaling", f"root={tmp_path}", "--json")
+    assert found.code == 0, found.err
+    assert found.data["nfe"] == 11 * 512 * 64
+    searched = ["model=digits", "solver=ddim", "solver.eta=1", "reward=class_log_prob", "metrics=[mean_reward]"]
+    found = solvus("plan", *searched, "search=tpe", "space=scaling", f"root={tmp_path}", "--json")
+    assert found.code == 0, found.err
+    assert found.data["nfe"] <= 256 * found.data["samples_to_make"]
+
+
+def test_a_report_of_strategies_says_at_which_cost_and_draws_what_candidates_buy(
+    solvus: Callable, tmp_path: Path
+) -> None:
+    arms = [
+        "{nfe:2,strategy:{name:best_of_n,n:8}}", "{nfe:4,strategy:{name:best_of_n,n:4}}", "{nfe:16,strategy:single}",
+        "{nfe:4,strategy:{name:fk_steering,particles:4,first:1,every:1}}",
+    ]  # fmt: skip
+    run = solvus(
+        "run", "model=digits", "solver=ddim", "solver.eta=1", "reward=class_log_prob", "metrics=[mean_reward]",
+        "search=grid", f"search.space={{allocation:[{','.join(arms)}]}}", "num_samples=16", "batch_size=64",
+        "tracker=none", "name=arms", f"root={tmp_path}",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    page = (tmp_path / "studies" / "arms" / "report.html").read_text()
+    assert "At 16 evaluations a sample (to 5%)" in page
+    assert "Costs differ:" in page and "against 0 reward calls" in page
+    assert "pass@k" in page and "Best split of 16 evaluations: best of" in page
+    assert "best of k follows" in page

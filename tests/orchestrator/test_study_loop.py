@@ -440,3 +440,15 @@ def test_a_confirmed_grid_runs_through_the_loop(make_study: Callable, launch: Ca
     generated.clear()
     launch(study)
     assert generated == []
+
+
+def test_a_trial_slower_than_its_cap_fails_with_the_numbers_and_keeps_its_rows(
+    make_study: Callable, launch: Callable, gmm: Recipe
+) -> None:
+    slow = gmm.override({"strategy.budget": {"seconds": 1e-12}})
+    study = make_study(recipe=slow)
+    trial = launch(study).trials[0]
+    assert trial.state == "failed" and "above strategy.budget.seconds=1e-12" in trial.reason
+    again = launch(make_study(recipe=gmm.override({"strategy.budget": {"seconds": 100.0}})))
+    assert again.trials[0].state == "complete" and again.ledger.spent["rows"] == 0  # the cap is no part of the key
+    assert again.trials[0].values["cost/decodes"] == 0 and again.trials[0].seconds == trial.seconds > 0

@@ -103,6 +103,7 @@ def test_what_is_spent_is_what_was_planned(strategy, guidance):
     assert planned.exact
     assert (rows["nfe"] == planned.nfe).all()
     assert (rows["reward_calls"] == planned.reward_calls).all()
+    assert (rows["decodes"] == planned.decodes).all()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from orchestrator.registries import searches
 from orchestrator.space import Space, check_space
 from tasks.registry import unknown
 
-CONSTRAINTS = ("nfe", "reward_calls", "device_s")
+CONSTRAINTS = ("nfe", "reward_calls", "decodes", "device_s")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class OptunaSpec:
         set: overrides that every trial shares.
         baselines: what to try first, so that the search never ends below the best known: overrides (``label`` names
             one), or ``stock`` for every solver preset with every stock grid.
-        constraints: caps per sample on nfe, reward_calls (at planning) and device_s (as measured).
+        constraints: caps per sample on nfe, reward_calls, decodes (at planning) and device_s (as measured).
         racing: ``{start, factor, error, margin}``: trials start on few samples and grow only while they may still win;
             empty gives every trial all its samples.
         refine: further trials that refine the best one, coordinate by coordinate.

@@ -434,5 +434,5 @@ class OptunaSearch:
 
 def planned(recipe: Any) -> dict[str, float]:
     """What one sample of a recipe is planned to cost."""
-    strategy = recipe.parts.strategy
-    return {"nfe": recipe.nfe, "reward_calls": strategy.particles if strategy.uses_reward else 0}
+    account = recipe.account
+    return {"nfe": account.nfe, "reward_calls": account.reward_calls, "decodes": account.decodes}

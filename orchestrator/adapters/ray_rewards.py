@@ -1,0 +1,100 @@
+"""A strategy's reward in a Ray actor of its own, with its own share of a device and its own environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks import registry
+from tasks.recipe import digest, scorer_identity
+from tasks.registry import Spec, unknown
+from tasks.remembered import Remembered
+
+FIELDS = ("num_cpus", "num_gpus", "env")
+TRIES = 3
+
+# Handles of this process: an actor ends when nobody holds one any more.
+_HELD: dict[str, Any] = {}
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Refuse options that mean nothing.
+
+    Raises:
+        ValueError: an unknown one, a share that is no number of at least 0, or an environment that is no mapping.
+    """
+    for key, value in options.items():
+        if key not in FIELDS:
+            raise unknown("field of executor.reward_actor:", key, list(FIELDS), "Fields")
+        if key == "env":
+            if not isinstance(value, Mapping):
+                raise ValueError(
+                    f"executor.reward_actor.env must be a Ray runtime environment, {{pip: [...]}}, got {value!r}."
+                )
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise ValueError(f"executor.reward_actor.{key} must be a number of at least 0, got {value!r}.")
+
+
+class RewardActor:
+    """The process that scores: one for each reward, asked by all workers; it remembers values by content."""
+
+    def __init__(self, spec: Spec) -> None:
+        from tasks.run import use_one_thread
+
+        use_one_thread()
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._scorer = Remembered(registry.rewards.build(spec))
+
+    def score(self, samples: Any, cond: Any) -> Any:
+        """Numpy in, numpy out: (B, *shape) and (B,) or None -> (B,)."""
+        with torch.no_grad():
+            given = torch.from_numpy(samples.copy()).to(self._device)
+            labels = None if cond is None else torch.from_numpy(cond.copy()).to(self._device)
+            return self._scorer(given, labels).cpu().numpy()
+
+    def counts(self) -> dict[str, float]:
+        """Rows scored and reused, and seconds of scoring."""
+        return {"scored": self._scorer.scored, "reused": self._scorer.reused, "seconds": self._scorer.seconds}
+
+
+class ServedReward:
+    """The reward as a worker's strategy sees it; every call goes to the actor.
+
+    The first worker that asks makes the actor, under a name that the reward's identity determines. It ends with that
+    worker; then the next call makes another.
+    """
+
+    def __init__(self, spec: Spec, options: Mapping[str, Any]) -> None:
+        self._spec, self._options = spec, dict(options)
+        self.name = f"solvus-reward-{digest(scorer_identity(spec))}"
+
+    def actor(self) -> Any:
+        """Its handle."""
+        import ray
+
+        if self.name in _HELD:
+            return _HELD[self.name]
+        decorate: Any = ray.remote
+        share = {"num_cpus": self._options.get("num_cpus", 1), "num_gpus": self._options.get("num_gpus", 0)}
+        if self._options.get("env"):
+            share["runtime_env"] = dict(self._options["env"])
+        remote = decorate(RewardActor).options(name=self.name, get_if_exists=True, **share)
+        return _HELD.setdefault(self.name, remote.remote(self._spec))
+
+    def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
+        """(B,), on the samples' device."""
+        import ray
+
+        given = samples.cpu().numpy(), None if cond is None else cond.cpu().numpy()
+        for attempt in range(TRIES):
+            try:
+                values = ray.get(self.actor().score.remote(*given))
+                return torch.from_numpy(values.copy()).to(samples.device)
+            except ray.exceptions.RayActorError:  # it ended with the worker that made it
+                _HELD.pop(self.name, None)
+                if attempt + 1 == TRIES:
+                    raise
+        raise AssertionError("unreachable")
