@@ -56,7 +56,7 @@ MODELS = ("digits", "digits_flow", "gmm")
 SPACES = {"digits": "weights", "digits_flow": "velocity", "gmm": "weights"}  # the form that suits the process
 NFES = (3, 4, 5, 6, 8)
 FRECHET, TRAJECTORY = "quality/frechet", "quality/trajectory_error"
-HELD_OUT = 4096
+HELD_OUT = 2048
 PREDICTED_NFE, PREDICTED_SAMPLES = 5, 512
 RACING = "{start: 256, factor: 2.0, error: 0.2, margin: 0.05}"
 
@@ -250,8 +250,9 @@ def distance(recipe: Any, metrics: list[Any], span: tuple[int, int], store: Stor
     return measure(recipe, metrics, *span, store)[0][FRECHET]
 
 
-def against_tpe(nfe: int, seeds: int, kept: Kept, trials: int, full: int, model: str = "digits_flow") -> None:
+def against_tpe(nfe: int, seeds: int, kept: Kept, plain_trials: int, trials: int, full: int) -> None:
     """Evaluations to the quality of plain TPE: our search with all it has, and TPE as people run it."""
+    model = "digits_flow"
     for seed in range(seeds):
         key = {"part": "tpe", "model": model, "nfe": nfe, "seed": seed}
         if kept.find(**key) is not None:
@@ -260,7 +261,7 @@ def against_tpe(nfe: int, seeds: int, kept: Kept, trials: int, full: int, model:
         base = [*common(model, seed, FRECHET), f"num_samples={full}", f"nfe={nfe}", "solver=dpmpp_2m"]
         base += [f"space={SPACES[model]}", "search.held_out=0"]
         ours = prepared(root, *base, *search_of(trials), f"name=tpe-ours-{seed}")
-        tpe = {"name": "tpe", "space": ours.search["space"], "num_trials": trials, "held_out": 0, "part": "search"}
+        tpe = {"name": "tpe", "space": ours.search["space"], "num_trials": plain_trials, "held_out": 0, "part": "search"}
         plain = replace(ours, name=f"tpe-plain-{seed}", search={"name": "fresh_samples", "inner": tpe, "samples": full})
         tried = carry_out(plain)
         best = min((t for t in tried if t.state == "complete"), key=lambda t: t.values[FRECHET])
@@ -459,7 +460,7 @@ def main() -> None:
         ("--model", {"choices": list(MODELS), "help": "only this model"}),
         ("--nfe", {"help": "numbers of evaluations, for example 3,4"}),
         ("--seeds", {"type": int, "default": 5, "help": "seeds of every cell (default 5)"}),
-        ("--trials", {"type": int, "default": 100, "help": "proposals of a search (default 100)"}),
+        ("--trials", {"type": int, "default": 60, "help": "proposals of a search (default 60)"}),
         ("--keep", {"help": "folder that keeps studies and cells"}),
         ("--only-kept", {"action": "store_true", "help": "print what the folder has, measure nothing"}),
     )
@@ -467,7 +468,7 @@ def main() -> None:
     kept = Kept(folder, args.only_kept)
     models = [args.model] if args.model else list(MODELS)
     nfes = tuple(int(n) for n in args.nfe.split(",")) if args.nfe else (4,) if args.quick else None
-    seeds, trials, full = (1, 20, 512) if args.quick else (args.seeds, args.trials, 1024)
+    seeds, trials, full = (1, 20, 512) if args.quick else (args.seeds, args.trials, 512)
     parts = [] if args.only_kept else [args.part] if args.part else list(PARTS)
     more: list[Figure] = []
     if "overhead" in parts:
@@ -477,11 +478,11 @@ def main() -> None:
     if "quality" in parts:
         quality(models, nfes or (3, 4, 5, 6), seeds, kept, trials, full)
     if "tpe" in parts:
-        against_tpe(4, seeds, kept, 20 if args.quick else 200, full)
+        against_tpe(4, seeds, kept, 20 if args.quick else 200, trials, full if args.quick else 1024)
     if "predictor" in parts:
         chosen = ["gmm"] if args.quick and not args.model else models
         predicted(chosen, seeds, kept, 30, 40)
-        saved([args.model] if args.model else ["gmm"], seeds, kept, 30 if args.quick else trials)
+        saved([args.model] if args.model else ["gmm"], seeds, kept, 30 if args.quick else 100)
     table(kept)
     print(f"\ncommit {commit()}")
     publish([*figures(kept), *more] or [Figure("cells", len(kept.all()), "cells", "higher")], args.json)
