@@ -261,7 +261,13 @@ def against_tpe(nfe: int, seeds: int, kept: Kept, plain_trials: int, trials: int
         base = [*common(model, seed, FRECHET), f"num_samples={full}", f"nfe={nfe}", "solver=dpmpp_2m"]
         base += [f"space={SPACES[model]}", "search.held_out=0"]
         ours = prepared(root, *base, *search_of(trials), f"name=tpe-ours-{seed}")
-        tpe = {"name": "tpe", "space": ours.search["space"], "num_trials": plain_trials, "held_out": 0, "part": "search"}
+        tpe = {
+            "name": "tpe",
+            "space": ours.search["space"],
+            "num_trials": plain_trials,
+            "held_out": 0,
+            "part": "search",
+        }
         plain = replace(ours, name=f"tpe-plain-{seed}", search={"name": "fresh_samples", "inner": tpe, "samples": full})
         tried = carry_out(plain)
         best = min((t for t in tried if t.state == "complete"), key=lambda t: t.values[FRECHET])

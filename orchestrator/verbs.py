@@ -62,7 +62,7 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
 
     artifacts: set[str] = set()
     total = {"trials": 0, "shards": 0, "samples": 0, "samples_to_make": 0, "nfe": 0, "work": 0.0,
-             "reward_calls": 0}  # fmt: skip
+             "reward_calls": 0, "raced": 0}  # fmt: skip
     seen: set[tuple[str, int, int]] = set()
     beside: dict[str, list[tuple[int, int]]] = {}  # companion rows that are counted already
     companion_rows = 0
@@ -70,6 +70,7 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
     for proposal in searches.build(study.search).start(study.context()).preview():
         trial = study.trial(total["trials"], proposal)
         total["trials"] += 1
+        total["raced"] += proposal.race is not None
         total["samples"] += trial.num_samples
         work = shards(trial.recipe, columns, trial.first_index, trial.stop, study.shard_size, store)
         span = (trial.recipe.key, trial.first_index, trial.stop)
@@ -190,6 +191,7 @@ def plan(args: Any) -> int:
     total = _foreseen(study, store)
     seconds = _seconds_per_evaluation(study) * total["work"] if total["nfe"] else 0.0
     work = "" if total["work"] == total["nfe"] else f" (as much as {total['work']:,.0f} of the whole one)"
+    raced = f"; at most, since {total['raced']:,} of the trials race and may stop early" if total["raced"] else ""
     workers = max(study.config["executor"].get("workers", 1), 1)
     row_bytes = 400 + 5 * math.prod(study.recipe.parts.model.shape)
     data = total | {
@@ -208,7 +210,7 @@ def plan(args: Any) -> int:
         f"  companions      {total['companions']:,} samples of other recipes to make first, to compare with\n"
         f"  calibrations    {total['calibrations']:,} to make first, whose cost is not foreseen\n"
         f"  evaluations     {total['nfe']:,} of the network{work}, {total['reward_calls']:,} of rewards inside "
-        "strategies\n"
+        f"strategies{raced}\n"
         f"  device-seconds  about {data['device_s']:,} (timed here), {data['wall_s']:,} on {workers} worker(s)\n"
         f"  money           {data['money']:,}\n"
         f"  disk            about {data['disk_bytes'] / 1e6:,.1f} MB in {study.root}"
