@@ -30,6 +30,8 @@ class OptimalSteps:
     the best of all grids in 17, by up to 9 % of its error; 4 in 5, all in 16 dimensions, by up to 4.5 %; 8 in 2; 16 in
     none. With 32 samples width 1 ended up to 2.2 times as far away. More samples help more than more width: the grid
     of 32 samples and width 16 ends up to a fifth further from the teacher, on fresh noise, than that of the defaults.
+    Where a few rows make most of the error (the digits: those that end at another image) even 128 are few: there, at 5
+    steps, ``dp_steps`` ends nearer on fresh noise (.905 against .937), and costs a fifth.
 
     Args:
         num_steps: number of steps N.
