@@ -131,7 +131,8 @@ def nearest_path(
         the candidates, and the root mean square distance to the teacher at the last.
     """
     last = len(candidates) - 1
-    kept = {0: (teacher[:1], [(0,)])}  # at each candidate the states (W, B, *shape) of W runs, and the runs' nodes
+    # At each candidate the states (W, B, *shape) of W runs, and the runs' nodes.
+    kept: dict[int, tuple[Tensor, list[tuple[int, ...]]]] = {0: (teacher[:1], [(0,)])}
     error = 0.0
     for k in range(1, num_steps + 1):
         before = {i: (x, predict(x, candidates[i]), paths) for i, (x, paths) in kept.items()}
