@@ -78,6 +78,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("log-SNR grid, 2M", {"solver": unified("dpmpp_2m"), "times": "logsnr"}),
     ("DP steps (BOSS), DDIM", {"solver": unified("ddim"), "times": "dp_steps"}),
     ("DP steps (BOSS), 2M", {"solver": unified("dpmpp_2m"), "times": "dp_steps"}),
+    ("optimal steps (OSS), DDIM", {"solver": unified("ddim"), "times": "optimal_steps"}),
     ("GITS, 2M", {"solver": unified("dpmpp_2m"), "times": "gits"}),
     ("AYS, 2M", {"solver": unified("dpmpp_2m"), "times": "ays"}),
     ("consistency", {"model": "digits_consistency", "solver": "consistency"}),

@@ -15,6 +15,7 @@ import ray
 
 from orchestrator import rows
 from orchestrator.adapters.ray_executor import RayExecutor
+from orchestrator.plan import ARTIFACTS
 from orchestrator.ports import WorkerLost
 from orchestrator.store import CorruptShard, Store
 from orchestrator.study import Study
@@ -95,18 +96,28 @@ def test_rows_and_values_are_those_of_this_process_bit_for_bit(
     assert remote.ledger.spent["rows"] == 80 and remote.ledger.spent["nfe"] == local.ledger.spent["nfe"]
 
 
+@pytest.mark.parametrize(
+    ("times", "costs", "made"),
+    [({"name": "dp_steps", "num_fine": 10, "num_samples": 8}, [80, 80], 80),
+     ({"name": "optimal_steps", "num_fine": 10, "stride": 2, "num_samples": 8}, [120, 160], 280)],
+    ids=["dp_steps", "optimal_steps"],
+)  # fmt: skip
 def test_calibrations_run_on_the_workers_once_and_give_the_rows_of_this_process(
-    make_study: Callable, launch: Callable, gmm: Recipe, tmp_path: Path, two: Any
+    make_study: Callable, launch: Callable, gmm: Recipe, tmp_path: Path, two: Any, times: Any, costs: Any, made: int
 ) -> None:
-    recipe = gmm.override({"times": {"name": "dp_steps", "num_fine": 10, "num_samples": 8}, "initial": "teleport"})
+    recipe = gmm.override({"times": times, "initial": "teleport"})
     search = {"name": "grid", "space": {"times.num_steps": [2, 3]}}
     here = launch(make_study(recipe=recipe, search=search, root=str(tmp_path / "here")))
     study = make_study(recipe=recipe, search=search, root=str(tmp_path / "there"))
     there = launch(study, two)
     assert [trial.state for trial in there.trials] == ["complete"] * 2, there.trials[0].reason
     assert [trial.values for trial in there.trials] == [trial.values for trial in here.trials]
-    assert [trial.cost["calibration_nfe"] for trial in there.trials] == [80.0, 80.0]
-    assert there.ledger.spent["nfe"] == here.ledger.spent["nfe"] == 80 + 32 * (2 + 3)
+    for trial in there.trials:
+        key = trial.recipe.calibrations[0].key
+        local, remote = (done.store.get_arrays(ARTIFACTS, key) for done in (here, there))
+        assert local.keys() == remote.keys() and all(np.array_equal(local[k], remote[k]) for k in local)
+    assert [trial.cost["calibration_nfe"] for trial in there.trials] == costs
+    assert there.ledger.spent["nfe"] == here.ledger.spent["nfe"] == made + 32 * (2 + 3)
     assert launch(study, two).ledger.spent["nfe"] == 0
 
 

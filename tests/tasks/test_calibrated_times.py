@@ -18,7 +18,8 @@ from tasks.run import generate
 from tasks.sampler import CountedModel, Sampler
 from tasks.trajectories import fine_grid, jump_costs, path_cost, record, shortest_path
 
-CALIBRATED = ["dp_steps", "gits", "ays"]
+ONE_FOR_ALL = ["dp_steps", "gits", "ays"]  # one artifact for every number of steps
+CALIBRATED = [*ONE_FOR_ALL, "optimal_steps"]
 
 
 def noise_of(rows=64):
@@ -159,7 +160,7 @@ def test_calibrated_grids_fall_from_one_to_zero_for_every_number_of_steps(name, 
         assert all(a > b for a, b in zip(grid, grid[1:], strict=False))
 
 
-@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("name", ONE_FOR_ALL)
 def test_one_artifact_serves_every_number_of_steps(name):
     recipe = recipe_of(gmm(labels=True), {"name": name}, guidance={"name": "cfg", "scale": 2.0})
     keys = {
@@ -181,7 +182,7 @@ def test_a_recipe_with_a_calibrated_grid_makes_its_rows_and_counts_them(name):
     np.testing.assert_array_equal(generate(explicit, 0, 40)["x0"], rows["x0"])
 
 
-@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("name", ONE_FOR_ALL)
 def test_the_calibration_costs_its_levels_times_its_samples(name):
     recipe = recipe_of(gmm(), {"name": name, "num_samples": 10})
     _, cost = calibration.make(recipe, recipe.calibrations[0], recipe.parts)

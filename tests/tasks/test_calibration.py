@@ -107,7 +107,7 @@ def test_calibrations_come_in_the_order_in_which_they_rely_on_each_other():
 
 
 @pytest.mark.parametrize("name", ["teleport", "dmcmc", "dpm_ot", "shared_noise"])
-@pytest.mark.parametrize("times", ["dp_steps", "gits", "ays"])
+@pytest.mark.parametrize("times", ["dp_steps", "gits", "ays", "optimal_steps"])
 def test_every_calibrated_initial_state_goes_with_every_calibrated_grid(name, times):
     initial = {"name": name}
     if name == "dpm_ot":
