@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks import smc
 from tasks.account import Account
 from tasks.processes import transfer
 from tasks.registry import strategies
-from tasks.resampling import choose, effective_size, log_mean, resample, unique
-from tasks.types import Noise, Samples, State, reindex
+from tasks.smc import Resampling
+from tasks.types import Noise, Samples, State
 
 
 @strategies.register("afdps")
@@ -124,29 +125,17 @@ class AFDPS:
         """
         wide, streams = sampler.repeat(self.n), noise.repeat(self.n)  # type: ignore[attr-defined]
         asked = reward.at(streams.indices)
-        state = wide.start(streams)
-        rows = len(state.x) // self.n
-        log_w = torch.zeros(rows, self.n, dtype=torch.float64, device=state.x.device)
+        particles = smc.begin(wide, self.n, streams)
         if self._first:
-            log_w = log_w + self._beta(sampler.times[0]) * asked(state.x, wide.cond).double().view(rows, self.n)
-        log_z, sizes = torch.zeros_like(log_w[:, 0]), []
-        origin = torch.arange(self.n, device=log_w.device).repeat(rows)
+            start = self._beta(sampler.times[0]) * asked(particles.state.x, wide.cond).double()
+            particles = replace(particles, log_w=start)
+        how = Resampling(trigger="ess", threshold=self.threshold) if self.threshold else Resampling(trigger="never")
         for i in range(sampler.num_steps):
-            state, gain = self._step(wide, asked, state, streams)
-            log_w = log_w + gain.view(rows, self.n)
-            sizes.append(effective_size(log_w))
+            state, gain = self._step(wide, asked, particles.state, streams)
+            particles = replace(particles, state=state).weigh(gain)
             if i < sampler.num_steps - 1:
-                index, log_w, gained = resample(log_w, noise.at(i).uniform((1,), "resample")[:, 0], self.threshold)
-                state, origin, log_z = reindex(state, index), origin[index], log_z + gained
-        chosen = choose(log_w, noise.at(sampler.num_steps).uniform((1,), "select")[:, 0])
-        columns = {
-            "log_z": log_z + log_mean(log_w),
-            "ess": torch.stack(sizes, dim=1),
-            "log_weights": log_w,
-            "slot": chosen % self.n,
-            "unique_ancestors": unique(origin.view(rows, self.n)),
-        }
-        return Samples(reindex(state.x, chosen), columns)
+                particles = particles.resample(how, noise.at(i))
+        return smc.outcome(particles, particles.state.x, None, noise.at(sampler.num_steps), "sample", None)
 
     def _step(self, wide: Any, asked: Any, state: State, streams: Noise) -> tuple[State, Tensor]:
         """One ancestral step with its pull, and the gain of every particle's log weight, (B K,)."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from tasks import smc
 from tasks.account import Account
 from tasks.minority import minority_score
 from tasks.registry import strategies
-from tasks.resampling import choose, effective_size, log_mean, resample, unique
-from tasks.types import Noise, Reward, Samples, reindex
+from tasks.smc import Resampling
+from tasks.types import Noise, Reward, Samples
 
 
 @strategies.register("minority")
@@ -93,35 +94,25 @@ class Minority:
         return Account(nfe=self.n * (sum(evaluations) + self.draws * (len(self._scored(len(evaluations))) + 1)))
 
     def __call__(self, sampler: Any, reward: Reward | None, noise: Noise) -> Samples:
-        """(B, *shape) samples drawn by weight, with columns ``minority_score`` (B,), ``log_z`` (B,), ``ess`` (B,),
-        ``slot`` (B,) and ``unique_ancestors`` (B,).
+        """(B, *shape) samples drawn by weight, with columns ``minority_score`` (B,), ``log_z`` (B,), ``ess`` (B, number
+        of scores), ``log_weights`` (B, K), ``slot`` (B,) and ``unique_ancestors`` (B,).
         """
         if self.n == 1:
             return Samples(sampler.run(noise).x)
         wide, streams = sampler.repeat(self.n), noise.repeat(self.n)  # type: ignore[attr-defined]
-        state = wide.start(streams)
-        rows = len(state.x) // self.n
-        log_w = torch.zeros(rows, self.n, dtype=torch.float64, device=state.x.device)
-        before, log_z = torch.zeros_like(log_w), torch.zeros_like(log_w[:, 0])
-        origin = torch.arange(self.n, device=log_w.device).repeat(rows)
+        particles = smc.begin(wide, self.n, streams)
+        particles = particles.put(score=torch.zeros_like(particles.log_w))
+        how = Resampling(trigger="ess", threshold=self.threshold) if self.threshold else Resampling(trigger="never")
         scored, last = set(self._scored(sampler.num_steps)), sampler.num_steps - 1
         for i in range(sampler.num_steps):
-            state = wide.step(state, streams)
+            particles = replace(particles, state=wide.step(particles.state, streams))
             if i not in scored and i != last:
                 continue
-            clean = state.x if i == last else state.x0_hat
-            now = minority_score(wide.model, clean, wide.cond, self.time, self.draws, streams.at(i)).view(rows, self.n)
-            log_w, before = log_w + self.strength * (now - before), now
+            clean = particles.state.x if i == last else particles.state.x0_hat
+            now = minority_score(wide.model, clean, wide.cond, self.time, self.draws, streams.at(i))
+            particles = particles.weigh(self.strength * (now - particles.cache["score"])).put(score=now)
             if i != last:
-                index, log_w, gained = resample(log_w, noise.at(i).uniform((1,), "resample")[:, 0], self.threshold)
-                state, origin, log_z = reindex(state, index), origin[index], log_z + gained
-                before = before.flatten()[index].view(rows, self.n)
-        chosen = choose(log_w, noise.at(sampler.num_steps).uniform((1,), "select")[:, 0])
-        columns = {
-            "minority_score": before.flatten()[chosen],
-            "log_z": log_z + log_mean(log_w),
-            "ess": effective_size(log_w),
-            "slot": chosen % self.n,
-            "unique_ancestors": unique(origin.view(rows, self.n)),
-        }
-        return Samples(reindex(state.x, chosen), columns)
+                particles = particles.resample(how, noise.at(i))
+        made = smc.outcome(particles, particles.state.x, None, noise.at(sampler.num_steps), "sample", None)
+        chosen = torch.arange(len(made.x0), device=made.x0.device) * self.n + made.columns["slot"]
+        return replace(made, columns={**made.columns, "minority_score": particles.cache["score"][chosen]})
