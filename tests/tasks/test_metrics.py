@@ -69,6 +69,8 @@ def reference_of(metric):
 SPECS = [
     {"name": "frechet", "features": "identity"},
     {"name": "frechet"},
+    {"name": "diversity", "features": "identity"},
+    {"name": "diversity"},
     {"name": "kid", "features": "identity"},
     {"name": "kid", "features": "identity", "max_samples": 50},
     {"name": "mean_reward", "reward": "ink"},
@@ -241,6 +243,28 @@ def test_frechet_gradient_vanishes_at_the_reference():
     mean, covariance = random_gaussian(rng, 5)
     effect = frechet_influence(rng.normal(size=(50, 5)), mean, covariance, mean, covariance)
     np.testing.assert_allclose(effect, 0, atol=1e-9)
+
+
+def test_diversity_is_the_mean_squared_distance_of_two_samples_over_that_of_two_items():
+    def mean_pair(x):
+        pairs = np.square(x[:, None] - x[None]).sum(-1)
+        return pairs.sum() / (len(x) * (len(x) - 1))
+
+    rng = np.random.default_rng(0)
+    samples, items = rng.normal(size=(40, 3)), 2 * rng.normal(size=(50, 3))
+    metric = registry.metrics.build({"name": "diversity", "features": "identity"})
+
+    class Data:
+        def reference(self):
+            return (items, None)
+
+    reference = metric.reference(Data(), lambda spec, rows, labels: rows)
+    value = metric.compute(metric.summarize({"identity": samples}), reference)["quality/diversity"]
+    assert value == pytest.approx(mean_pair(samples) / mean_pair(items), rel=1e-12)
+    same = np.repeat(samples[:1], 40, axis=0)
+    assert metric.compute(metric.summarize({"identity": same}), reference)["quality/diversity"] < 1e-12
+    with pytest.raises(ValueError, match="num_samples must be 2 at least, got 1"):
+        metric.check(Data(), 1)
 
 
 def test_frechet_of_a_set_with_itself_is_zero():
