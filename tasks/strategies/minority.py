@@ -109,6 +109,7 @@ class Minority:
             if i not in scored and i != last:
                 continue
             clean = particles.state.x if i == last else particles.state.x0_hat
+            assert clean is not None
             now = minority_score(wide.model, clean, wide.cond, self.time, self.draws, streams.at(i))
             particles = particles.weigh(self.strength * (now - particles.cache["score"])).put(score=now)
             if i != last:
