@@ -65,7 +65,7 @@ class Results:
             row |= {f"value/{name}": trial.values.get(name) for name in names}
             row |= {f"se/{name}": trial.errors.get(name) for name in names}
             row |= {f"cost/{name}": trial.cost.get(name) for name in costs}
-            row |= {"value/cost/seconds": trial.seconds, "exact": trial.recipe.account.exact}
+            row |= {"seconds": trial.seconds, "exact": trial.recipe.account.exact}
             rows.append(row)
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows) if rows else pa.table({"number": pa.array([], pa.int64())}), sink)

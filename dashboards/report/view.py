@@ -129,7 +129,7 @@ def cost(row: Row, name: str) -> float:
 def costs(row: Row) -> str:
     """The cost of one sample in words."""
     found = [f"{cost(row, name):.4g} {words}" for name, words in COSTS.items() if name == "nfe" or cost(row, name)]
-    seconds = row.value("cost/seconds")
+    seconds = row.data.get("seconds")
     return ", ".join(found + ([f"{seconds:.3g} device-seconds"] if seconds else []))
 
 
