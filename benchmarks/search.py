@@ -59,6 +59,7 @@ FRECHET, TRAJECTORY = "quality/frechet", "quality/trajectory_error"
 HELD_OUT = 2048
 PREDICTED_NFE, PREDICTED_SAMPLES = 5, 512
 RACING = "{start: 256, factor: 2.0, error: 0.2, margin: 0.05}"
+QUICK_RACING = "{start: 128, factor: 2.0, error: 0.2, margin: 0.05}"
 PAIRED_RACING = "{start: 128, factor: 2.0, error: 0.2, margin: 0.02}"  # every row has its own target: few tell much
 
 
@@ -261,7 +262,7 @@ def against_tpe(nfe: int, seeds: int, kept: Kept, plain_trials: int, trials: int
         root = kept.folder / f"{model}-tpe"
         base = [*common(model, seed, FRECHET), f"num_samples={full}", f"nfe={nfe}", "solver=dpmpp_2m"]
         base += [f"space={SPACES[model]}", "search.held_out=0"]
-        ours = prepared(root, *base, *search_of(trials), f"name=tpe-ours-{seed}")
+        ours = prepared(root, *base, *search_of(trials), f"search.racing={QUICK_RACING}", f"name=tpe-ours-{seed}")
         tpe = {
             "name": "tpe",
             "space": ours.search["space"],
