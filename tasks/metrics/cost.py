@@ -12,7 +12,7 @@ from tasks.moments import Moments
 from tasks.registry import Spec, metrics
 from tasks.types import Rows
 
-COUNTS = ("nfe", "reward_calls", "decodes")
+COUNTS = ("nfe", "reward_calls", "decodes", "work")
 
 
 @metrics.register("cost")
