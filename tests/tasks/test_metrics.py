@@ -25,7 +25,7 @@ def rows_of(count, seed=0):
         "nfe": rng.integers(1, 50, count).astype(np.int32),
         "reward_calls": rng.integers(0, 5, count).astype(np.int32),
         "decodes": rng.integers(0, 5, count).astype(np.int32),
-        "work": rng.uniform(0, 5, count),
+        "work": np.linspace(0.5, 5.0, count),
         "ink": rng.normal(3.0, 0.1, count).astype(np.float32),
         "class_log_prob": -rng.exponential(1.0, count).astype(np.float32),
         "class_correct": (rng.random(count) < 0.8).astype(np.float32),
