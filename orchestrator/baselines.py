@@ -19,7 +19,9 @@ def stock(recipe: Recipe, nfes: tuple[int, ...]) -> Iterator[tuple[str, dict[str
     """
     seen = set()
     for nfe in nfes:
-        for preset, settings in PRESETS.items():
+        for preset, settings in reversed(
+            PRESETS.items()
+        ):  # a strong schedule early stops the weak ones early in a race
             if settings.kappa or settings.eta or settings.churn:
                 continue
             for grid in GRIDS:
