@@ -57,7 +57,7 @@ def test_submit_runs_the_study_follows_its_log_and_refuses_or_attaches_to_a_dupl
     duplicate = submit(cluster, *arguments)
     assert duplicate.returncode == 2 and "already runs" in duplicate.stderr and "--attach" in duplicate.stderr
     attached = submit(cluster, *arguments, "--attach", "--json")
-    assert attached.returncode == 0, attached.stderr
+    assert attached.returncode == 0, (attached.stdout, attached.stderr)
     assert json.loads(attached.stdout.splitlines()[-1])["state"] == "succeeded"
     assert "samples made" in attached.stderr
     assert Results(str(tmp_path), "sent").state()["state"] == "complete"
