@@ -85,6 +85,7 @@ class Probes:
         steps = [{name: value for name, value in step.items() if name != "skip"} for step in schedule["steps"]]
         solver = registry.solvers.build({"name": "unified", "steps": steps})
         error = (self._end(solver, tuple(schedule["times"])) - self._truth).abs()
+        # A schedule that blows up is a bad one, not an unknown one: the predictor sees the largest error.
         error = torch.nan_to_num(error, nan=CEILING, posinf=CEILING).clamp(FLOOR, CEILING)
         single, pairs = error[: len(VARIANCES)], error[len(VARIANCES) :].reshape(len(PAIRS), len(QUANTILES))
         found = [single / torch.tensor(VARIANCES, dtype=torch.float64).sqrt(), pairs.square().mean(1).sqrt()]
