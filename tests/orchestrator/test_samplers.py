@@ -15,12 +15,19 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 import orchestrator.adapters.optuna_samplers as samplers
-from orchestrator.adapters.optuna_samplers import AutoDiffusionSampler, CoordinateSampler, S3Sampler, history
+from orchestrator.adapters.optuna_samplers import (
+    AutoDiffusionSampler,
+    CoordinateSampler,
+    S3Sampler,
+    TurboSampler,
+    history,
+)
 from orchestrator.adapters.optuna_samplers.evolution import Evolution
 from orchestrator.adapters.optuna_samplers.history import History, Point
 from orchestrator.adapters.optuna_samplers.nodes import nodes_of, split
 from orchestrator.adapters.optuna_samplers.points import axes_of, every, key_of
 from orchestrator.adapters.optuna_samplers.predictor import Features, Predictor
+from orchestrator.adapters.optuna_samplers.turbo import squashed
 from orchestrator.adapters.optuna_search.distributions import distribution
 from orchestrator.ports import SearchContext
 from orchestrator.registries import searches
@@ -56,17 +63,19 @@ COORDINATE: Make = lambda space: CoordinateSampler(space, 7, startup=4)  # noqa:
 AUTO: Make = lambda space: AutoDiffusionSampler(  # noqa: E731
     space, 7, population=6, parents=3, mutants=3, crossovers=2, time_generations=2, max_skip=0.5, growth=2
 )
-GENERAL = pytest.mark.parametrize("make", [S3, PLAIN, COORDINATE], ids=["s3", "plain", "coordinate"])
+TURBO: Make = lambda space: TurboSampler(space, 7, candidates=40)  # noqa: E731
+GENERAL = pytest.mark.parametrize("make", [S3, PLAIN, COORDINATE, TURBO], ids=["s3", "plain", "coordinate", "turbo"])
 EVERY = pytest.mark.parametrize(
     ("make", "data"),
     [
         (S3, MIXED),
         (PLAIN, MIXED),
         (COORDINATE, MIXED),
-        *((m, {"schedule": SCHEDULE}) for m in (S3, COORDINATE)),
+        (TURBO, MIXED),
+        *((m, {"schedule": SCHEDULE}) for m in (S3, COORDINATE, TURBO)),
         (AUTO, MASKED),
     ],
-    ids=["s3", "plain", "coordinate", "s3-schedule", "coordinate-schedule", "autodiffusion"],
+    ids=["s3", "plain", "coordinate", "turbo", "s3-schedule", "coordinate-schedule", "turbo-schedule", "autodiffusion"],
 )
 
 
@@ -155,7 +164,7 @@ def test_autodiffusion_uses_up_a_coarse_grid() -> None:
 
 def test_a_space_of_one_point_is_no_trouble() -> None:
     space = space_of({"a": [3]})
-    for make in (S3, PLAIN, COORDINATE):
+    for make in (S3, PLAIN, COORDINATE, TURBO):
         assert drive(study_of(), space, make(space), 8) == [{"a": 3}] * 8
 
 
@@ -188,7 +197,7 @@ def test_failed_stopped_running_and_foreign_trials_break_no_proposal(make: Make,
     assert len(set(tried)) == 16
 
 
-@pytest.mark.parametrize("make", [S3, PLAIN, COORDINATE], ids=["s3", "plain", "coordinate"])
+@GENERAL
 def test_a_maximised_value_is_searched_as_its_negative_is_minimised(make: Make) -> None:
     space = space_of(MIXED)
     up = drive(study_of("maximize"), space, make(space), 14, lambda params: -loss_of(space, params) - 10)
@@ -224,7 +233,7 @@ def test_history_knows_values_places_and_what_must_not_be_proposed_again() -> No
 
 def test_two_trials_in_flight_are_different_points() -> None:
     space = space_of(MIXED)
-    for make in (S3, PLAIN, COORDINATE):
+    for make in (S3, PLAIN, COORDINATE, TURBO):
         study = study_of()
         drive(study, space, make(space), 8)
         flying = [asked(study, space, make(space))[1] for _ in range(6)]
@@ -239,6 +248,8 @@ def test_two_trials_in_flight_are_different_points() -> None:
         (lambda s: S3Sampler(s, 0, exploration=1.0), "exploration of S3 must be at least 0 and below 1, got 1.0"),
         (lambda s: CoordinateSampler(s, 0, startup=0), "startup of a coordinate search must be at least 1, got 0"),
         (lambda s: CoordinateSampler(s, 0, step=0.1, min_step=0.2), "0 < min_step <= step <= 1, got 0.2 and 0.1"),
+        (lambda s: TurboSampler(s, 0, length=0.001), "0 < min_length <= length <= 1, got 0.01 and 0.001"),
+        (lambda s: TurboSampler(s, 0, near=0), "near of TuRBO must be at least 1, got 0"),
         (lambda s: AutoDiffusionSampler(s, 0, population=0), "population of AutoDiffusion must be at least 1, got 0"),
         (lambda s: AutoDiffusionSampler(s, 0, population=9, mutants=9, crossovers=1), "population of 9, got 9 and 1"),
         (lambda s: AutoDiffusionSampler(s, 0, max_skip=1.5), "max_skip of AutoDiffusion must be a share.*got 1.5"),
@@ -538,10 +549,60 @@ def test_refused_proposals_do_not_move_where_the_refinement_starts(
     assert len(seen) > 14 and len(set(seen)) == 1  # refused ones beside the fourteen that ran
 
 
-@pytest.mark.parametrize("name", ["s3", "autodiffusion"])
+# --- TuRBO -----------------------------------------------------------------------------------------------------------
+
+
+VALLEY = {f"x{i}": {"low": -1.0, "high": 1.0} for i in range(8)}
+
+
+def valley(params: Params) -> float:
+    """A curved valley with axes that interact; 1 at its deepest point, x = 0.3."""
+    x = np.array([params[f"x{i}"] for i in range(8)]) - 0.3
+    return float(1.0 + 2 * (x**2).sum() + 4 * ((x[1:] - x[:-1] + x[:-1] ** 2) ** 2).sum())
+
+
+def test_the_trust_region_descends_a_valley_that_interacting_axes_make() -> None:
+    space = space_of(VALLEY)
+    start = dict.fromkeys(VALLEY, -0.2)
+    tried = drive(study_of(), space, TurboSampler(space, 0, start, candidates=200), 60, valley)
+    assert tried[0] == start and valley(start) > 5
+    assert min(map(valley, tried)) < 2.0  # measured: 1.35; CMA-ES from the same start 2.7, 3.6, 5.6 (sigma 0.06 to 0.2)
+
+
+def test_the_first_trial_is_the_best_baseline_even_where_that_was_run_elsewhere() -> None:
+    space = space_of(VALLEY)
+    known = {name: 0.5 for name in VALLEY}
+    near = Point(known, 2.0, 0, is_exact=False, is_baseline=True)
+    assert TurboSampler(space, 0).propose(History((near,), {}, 0)) == known
+
+
+def test_the_region_grows_with_success_and_shrinks_without() -> None:
+    space = space_of(VALLEY)
+    sampler = TurboSampler(space, 0, length=0.2)
+    points = [space.sample(np.random.default_rng(i)) for i in range(40)]
+
+    def side(losses: list[float]) -> float:
+        return sampler.side(found_so_far(space, list(zip(points, losses, strict=False))))
+
+    assert side([5.0, 4.0, 3.0]) == 0.4
+    assert side([1.0] + 8 * [2.0]) == 0.2  # the first ones only fill it
+    assert side([1.0] + 16 * [2.0]) == 0.1
+    assert side([1.0] + 30 * [2.0]) == 0.05
+
+
+def test_a_schedule_that_blew_up_leaves_the_others_apart() -> None:
+    spread = squashed(np.array([1.0, 1.1, 1.2, 1e9]))
+    assert spread[0] == 0 and spread[1] > 0.4 and spread[2] > 1.3 * spread[1]
+
+
+@pytest.mark.parametrize("name", ["s3", "turbo", "autodiffusion"])
 def test_a_search_that_was_interrupted_continues_as_if_undisturbed(tmp_path: Path, name: str) -> None:
     base = Recipe("gmm", "dpmpp_2m", "uniform", "none", "single").completed().override({"nfe": 4})  # type: ignore[arg-type]
-    more = {"num_startup_trials": 4} if name == "s3" else {"population": 5, "parents": 2, "mutants": 2, "crossovers": 2}
+    more = {
+        "s3": {"num_startup_trials": 4},
+        "turbo": {},
+        "autodiffusion": {"population": 5, "parents": 2, "mutants": 2, "crossovers": 2},
+    }[name]
     space = {"schedule": {"times": "free", "order": [1, 2]}}
     known = [{"solver": {"name": "unified", "preset": "dpmpp_2m"}}]
     spec = {"name": name, "space": space, "held_out": 0, "num_trials": 9, "baselines": known} | more

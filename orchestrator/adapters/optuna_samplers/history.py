@@ -30,6 +30,7 @@ class Point:
         position: how many trials with a place in the space came before it.
         samples: on how many samples the value rests.
         is_exact: whether it was run at these parameters; a baseline's may be those of the nearest point.
+        is_baseline: whether it was given instead of proposed.
     """
 
     params: Mapping[str, Any]
@@ -37,6 +38,7 @@ class Point:
     position: int
     samples: int = 1
     is_exact: bool = True
+    is_baseline: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def read(study: Study, trial: FrozenTrial, space: Space) -> History:
         if params is not None and is_done:
             assert other.value is not None
             samples = int(other.user_attrs.get(SAMPLES, 1))
-            finished.append(Point(params, sign * other.value, position, samples, is_exact))
+            given = BASELINE in other.user_attrs
+            finished.append(Point(params, sign * other.value, position, samples, is_exact, given))
         if params is not None and is_exact:
             key = key_of(space, params)
             losses[key] = min(losses.get(key, math.inf), finished[-1].loss if is_done else math.inf)
