@@ -55,15 +55,20 @@ from orchestrator.worker import perform
 ALGORITHM = "turbo"
 MODELS = ("digits", "digits_flow", "gmm")
 SPACES = {"digits": "weights", "digits_flow": "velocity", "gmm": "weights"}  # the form that suits the process
-PATH_SPACES = SPACES | {"digits_flow": "velocity_3"}  # for the trajectory error
+PATH_SPACES = SPACES | {"digits": "velocity_3", "digits_flow": "velocity_3"}  # for the trajectory error
 MORE_TRIALS = {"gmm": 4}  # the mixture is cheap, and its last bit of distance is small beside the noise
 NFES = (3, 4, 5, 6, 8)
 FRECHET, TRAJECTORY = "quality/frechet", "quality/trajectory_error"
 HELD_OUT = 2048
 PREDICTED_NFE, PREDICTED_SAMPLES = 5, 512
 RACING = "{start: 256, factor: 2.0, error: 0.2, margin: 0.05}"
-QUICK_RACING = "{start: 128, factor: 2.0, error: 0.3, margin: 0.1}"
+QUICK_RACING = "{start: 128, factor: 2.0, error: 0.3, margin: 0.02}"
 PAIRED_RACING = "{start: 128, factor: 2.0, error: 0.2, margin: 0.02}"  # every row has its own target: few tell much
+# What a user would start from who does not try every preset on every grid.
+START = [
+    f"{{solver: {{name: unified, preset: {preset}}}, times: uniform}}"
+    for preset in ("velocity_2m", "unipc_bh1", "dpmpp_2m", "deis")
+]
 
 
 class Kept:
@@ -498,7 +503,7 @@ def main() -> None:
             [args.seed] if args.seed is not None else range(seeds),
             kept,
             20 if args.quick else 200,
-            trials,
+            2 * trials,
             full if args.quick else 1024,
         )
     if "predictor" in parts:

@@ -186,6 +186,11 @@ def point(recipe: Any, root: str | None = None) -> Point:
             f"the schedule leaves out blocks of the network (skip={max(recipe.masks)}), which a stock scheduler "
             "cannot: it never sees the network. Set skip to 0 in every step."
         )
+    if any(step.time_shift for step in getattr(parts.solver, "records", None) or ()):
+        raise ValueError(
+            "the schedule tells the network other times (time_shift), which a stock pipeline cannot: it tells it the "
+            "grid's. Set time_shift to 0 in every step."
+        )
     _unified(recipe, parts)  # refuses before anything is made
     arrays: dict[str, tuple[dict[str, Any], Any]] = {}
     for needed in recipe.calibrations:

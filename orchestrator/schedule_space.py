@@ -11,6 +11,7 @@
       scale: {low: 0.0, high: 3.0}    # factor on the first derivative's term (scale2: on the second's)
       corrector: [none, pseudo]       # implicit costs an evaluation more, so the run has a step less
       kappa: {low: 0.0, high: 1.0}
+      time_shift: {low: -0.3, high: 0.3}  # the network is told another time, by this share of the step
       call: [model, noise]            # of the first step; noise costs nothing, so the run has a step more
       skip: 8                         # how many of the network's blocks may be left out, each step for itself
 
@@ -47,10 +48,11 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "order": (1, 2, 3, 4), "prediction": PREDICTIONS, "variable": VARIABLES, "points": ("full", "near"),
     "relax": RELAXATIONS, "corrector": CORRECTORS, "call": CALLS[:2],
 }  # fmt: skip
-NUMBERS = ("scale", "scale2", "kappa")
+NUMBERS = ("scale", "scale2", "kappa", "time_shift")
 DEFAULTS: dict[str, Any] = {
     "order": 2, "prediction": "x0", "variable": "lam", "points": "full", "relax": "none", "corrector": "none",
     "call": "model", "scale": 1.0, "scale2": 1.0, "kappa": 0.0,
+    "time_shift": 0.0,
 }  # fmt: skip
 RATIO = {"low": 0.05, "high": 0.98}
 
@@ -117,6 +119,10 @@ class ScheduleSpace:
             axis = self._parse(f"schedule.{key}", value)
             if axis.choices is not None or axis.low < 0 and key == "kappa":
                 raise ValueError(f"search.space.schedule.{key} must be {{low, high}}, got {dict(value)!r}.")
+            if key == "time_shift" and not -0.5 <= axis.low <= axis.high <= 0.5:
+                raise ValueError(
+                    f"search.space.schedule.time_shift must lie between -0.5 and 0.5, got {dict(value)!r}."
+                )
             self._axes[key] = value
         elif isinstance(value, int | float) and not isinstance(value, bool):
             self._fixed[key] = float(value)
@@ -168,6 +174,7 @@ class ScheduleSpace:
             step["scale"] = self._ask_number(ask, "scale", i, i > 0 and step["order"] > 1)
             step["scale2"] = self._ask_number(ask, "scale2", i, i > 1 and step["order"] > 2)
             step["kappa"] = self._ask_number(ask, "kappa", i, True)
+            step["time_shift"] = self._ask_number(ask, "time_shift", i, True)
             cost = (step["call"] == "model") + (step["corrector"] == "implicit")
             if spent + cost >= nfe or not self._can_correct(i, step):  # or nothing would follow
                 step["corrector"], cost = "none", int(step["call"] == "model")
@@ -242,6 +249,7 @@ class ScheduleSpace:
             corrector=chosen["corrector"] if kappa == 0 else "none",
             kappa=kappa,
             call=chosen["call"],
+            time_shift=chosen["time_shift"],
         )
         if chosen.get("skip"):
             step = replace(step, skip=chosen["skip"])
@@ -293,8 +301,8 @@ class ScheduleSpace:
         one, two = (Plan(self.process, found) for found in (SolverSchedule.from_data(data), other))
         if len(one.steps) != len(two.steps) or not np.allclose(one.times, two.times, rtol=1e-9, atol=0):
             return False
-        if [(s.corrector, s.call, s.prediction, s.skip) for s in one.steps] != [
-            (s.corrector, s.call, s.prediction, s.skip) for s in two.steps
+        if [(s.corrector, s.call, s.prediction, s.skip, s.time_shift) for s in one.steps] != [
+            (s.corrector, s.call, s.prediction, s.skip, s.time_shift) for s in two.steps
         ]:
             return False
         return all(
@@ -322,7 +330,7 @@ class ScheduleSpace:
                     if len(allowed) < 2:
                         continue
                 found[f"{key}.{i}"] = self._parse(f"{key}.{i}", allowed)
-            for key, first in (("scale", 1), ("scale2", 2), ("kappa", 0)):
+            for key, first in (("scale", 1), ("scale2", 2), ("kappa", 0), ("time_shift", 0)):
                 if key in self._axes and i >= first:
                     found[f"{key}.{i}"] = self._parse(f"{key}.{i}", self._axes[key])
             if self.skip:

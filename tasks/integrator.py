@@ -68,6 +68,7 @@ class Plan:
         self.alpha = [process.alpha(t) for t in self.starts] + [process.alpha(self.times[-1])]
         self.sigma = [process.sigma(t) for t in self.starts] + [process.sigma(self.times[-1])]
         self.lam = [process.lam(t) for t in self.starts] + [process.lam(self.times[-1])]
+        self.told = [self._told(i, step) for i, step in enumerate(self.steps)]
         self.updates: list[Update] = []
         self.corrections: list[Update | None] = []
         for i, step in enumerate(self.steps):
@@ -85,6 +86,13 @@ class Plan:
         if not step.churn:
             return t
         return min(1.0, self.process.time(-math.log(rho(self.process, t) * (1.0 + step.churn))))
+
+    def _told(self, i: int, step: Step) -> float:
+        """The time that the network is told."""
+        t = self.starts[i]
+        return (
+            min(max(t - step.time_shift * (t - self.times[i + 1]), self.process.t_min), 1.0) if step.time_shift else t
+        )
 
     def reindex(self, index: Tensor) -> Plan:
         """The same for other particles."""
@@ -240,16 +248,33 @@ def _evaluate(
     given = unasked(plan, i, x, entries)
     if given is not None:
         return given
-    t: float | Tensor = plan.starts[i]
+    t: float | Tensor = plan.told[i]
     for j, hook in enumerate(hooks):
         if hasattr(hook, "adapt_time"):
             t, held[j] = hook.adapt_time(plan, i, x, t, held[j])
     with skipping(model, plan.steps[i]):
         x0 = model.denoise(x, t)
+    if plan.told[i] != plan.starts[i]:
+        x0 = _at_own_time(plan, i, x, x0)
     for j, hook in enumerate(hooks):
         if hasattr(hook, "transform_output"):
             x0, held[j] = hook.transform_output(plan, i, x, x0, t, held[j])
     return x0
+
+
+def _at_own_time(plan: Plan, i: int, x: Tensor, x0: Tensor) -> Tensor:
+    """The clean prediction at the step's own time that has the velocity of the one at the time the network was told.
+
+    The velocity keeps its scale from pure noise to the data, where noise and clean predictions lose theirs; a process
+    that has none (VE) keeps the noise.
+    """
+    told, alpha, sigma = plan.told[i], plan.alpha[i], plan.sigma[i]
+    eps = (x - plan.process.alpha(told) * x0) / plan.process.sigma(told)
+    if abs(alpha + sigma - 1.0) < 1e-9:
+        return x - sigma * (eps - x0)
+    if abs(alpha**2 + sigma**2 - 1.0) < 1e-9:
+        return alpha * x - sigma * (plan.process.alpha(told) * eps - plan.process.sigma(told) * x0)
+    return x - sigma * eps
 
 
 def _as(step: Step, entry: Entry, plan: Plan, i: int) -> Entry:

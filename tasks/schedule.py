@@ -55,6 +55,9 @@ class Step:
         call: ``model`` evaluates the network; ``noise`` takes eps = x / sigma instead (the analytical first step);
             ``reuse`` takes the last prediction again. The last two cost nothing.
         skip: bit mask of the network's blocks that the step's evaluations leave out (``tasks/layer_skip.py``).
+        time_shift: the network is told ``t - time_shift (t - s)`` instead of t, between -0.5 and 0.5; its answer is
+            taken as a velocity, and that is kept at t (Tong et al. 2024, "Learning to Discretize Denoising Diffusion
+            ODEs", decoupled times).
     """
 
     order: int = 1
@@ -69,6 +72,7 @@ class Step:
     churn: float = 0.0
     call: str = "model"
     skip: int = 0
+    time_shift: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -83,6 +87,8 @@ class Step:
             raise ValueError(f"start of a step must be at least 1, got {self.start}.")
         if not 0 <= self.skip < 2**MAX_BLOCKS:
             raise ValueError(f"skip of a step is a bit mask between 0 and 2^{MAX_BLOCKS} - 1, got {self.skip}.")
+        if not -0.5 <= self.time_shift <= 0.5:
+            raise ValueError(f"time_shift of a step must lie between -0.5 and 0.5, got {self.time_shift}.")
         if self.kappa < 0 or self.churn < 0:
             raise ValueError(f"kappa and churn must not be negative, got {self.kappa} and {self.churn}.")
         if self.prediction == "v" and self.variable not in ("u", "t", "index"):
@@ -165,6 +171,8 @@ class Step:
         words += {"model": [], "noise": ["without a network call (pure noise)"], "reuse": ["with the last prediction"]}[
             self.call
         ]
+        if self.time_shift:
+            words.append(f"the network told a time {100 * self.time_shift:+.3g} % of the step further on")
         if self.skip:
             left_out = [str(block) for block in range(self.skip.bit_length()) if self.skip >> block & 1]
             words.append("without block " + ", ".join(left_out) + " of the network")
@@ -175,7 +183,7 @@ _WORDS = {"lam": "log-SNR", "rho": "sigma / alpha", "t": "time", "u": "angle or 
 _TYPES: dict[str, Any] = {
     "order": int, "prediction": str, "variable": str, "start": int, "points": tuple[tuple[int, ...], ...] | None,
     "scale": tuple[float, ...], "relax": str, "corrector": str, "kappa": float, "churn": float, "call": str,
-    "skip": int,
+    "skip": int, "time_shift": float,
 }  # fmt: skip
 
 

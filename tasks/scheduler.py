@@ -521,6 +521,11 @@ def _solver(preset: str, settings: Any, fixed: SolverSchedule | None, hooks: Any
             "the schedule leaves out blocks of the network, which a scheduler cannot: it never sees the network. Set "
             "skip to 0 in every step."
         )
+    if fixed is not None and any(step.time_shift for step in fixed.steps):
+        raise ValueError(
+            "the schedule tells the network other times (time_shift), which a scheduler cannot: the pipeline tells it "
+            "the grid's. Set time_shift to 0 in every step."
+        )
     if fixed is None:
         spec |= {"preset": preset}
     else:

@@ -57,6 +57,7 @@ SPREAD = {
     "changing predictions": [Step(1), Step(2, "eps"), Step(2, "v", "u"), Step(2, "x0"), Step(2, "eps", "t")],
     "stochastic": [Step(1, kappa=1.0), Step(2, kappa=0.5), Step(2), Step(1, kappa=1.0), Step(1)],
     "churn": [Step(1), Step(1, churn=0.3), Step(2), Step(2, churn=0.1), Step(1)],
+    "shifted times": [Step(1, time_shift=0.2), Step(2, time_shift=-0.3), Step(2), Step(2, time_shift=0.1), Step(1)],
     "without a call": [Step(1, call="noise"), Step(2), Step(1, call="reuse"), Step(2), Step(1)],
 }
 
