@@ -55,7 +55,7 @@ from orchestrator.worker import perform
 ALGORITHM = "turbo"
 MODELS = ("digits", "digits_flow", "gmm")
 SPACES = {"digits": "weights", "digits_flow": "velocity", "gmm": "weights"}  # the form that suits the process
-PATH_SPACES = SPACES | {"digits": "velocity_3", "digits_flow": "velocity_3"}  # for the trajectory error
+PATH_SPACES = SPACES | {"digits": "trajectory"}  # for the trajectory error
 MORE_TRIALS = {"gmm": 4}  # the mixture is cheap, and its last bit of distance is small beside the noise
 NFES = (3, 4, 5, 6, 8)
 FRECHET, TRAJECTORY = "quality/frechet", "quality/trajectory_error"
