@@ -16,6 +16,7 @@ from tasks.calibration import Calibration
 from tasks.registry import Spec, unknown
 from tasks.rehearsal import rehearse
 from tasks.schedule import SolverSchedule
+from tasks.types import sample_shape
 
 PLUGINS = ("model", "solver", "times", "initial", "guidance", "strategy", "reward")
 PLAIN = ("labels", "batch_size", "seed", "dtype", "device")
@@ -187,7 +188,7 @@ class Recipe:
         if p.strategy.uses_reward:
             if p.reward is None:
                 raise ValueError(f"strategy {self.strategy['name']} needs a reward. Set reward=NAME.")
-            p.reward.check(p.model.shape)
+            p.reward.check(sample_shape(p.model))
             if p.reward.needs_labels and not self.has_labels:
                 raise ValueError(f"reward {self.reward['name']} needs labels, but this study has none.")  # type: ignore[index]
             if hasattr(p.reward, "at") and self.has_labels:

@@ -138,6 +138,11 @@ class Scorer(Protocol):
 Rows = Mapping[str, np.ndarray]
 
 
+def sample_shape(model: Any) -> tuple[int, ...]:
+    """Shape of one stored sample of a model: what ``decode`` gives, where that differs from a state."""
+    return tuple(getattr(model, "sample_shape", model.shape))
+
+
 class Metric(Protocol):
     """Folds rows into a few numbers. Merging is associative, so shards just add up.
 
