@@ -210,6 +210,14 @@ class Recipe:
     def _check_pairings(self) -> None:
         """Refuse a model, solver, times or initial state that do not belong together."""
         p, process = self.parts, self.parts.model.noising
+        studied = [("times", p.times, "uniform")] if hasattr(p.times, "calibrate") else []
+        studied += [("initial", p.initial, "prior")] if self.initial["name"] not in ("prior", "shared_noise") else []
+        for kind, plugin, instead in studied:
+            if getattr(plugin, "process", "gaussian") != process.kind:
+                raise ValueError(
+                    f"{kind} {plugin.name} is made for {getattr(plugin, 'process', 'gaussian')} processes, but model "
+                    f"{self.model['name']} is {process.kind}. Use {kind}={instead}."
+                )
         needed, given = getattr(p.solver, "needs", "posterior_mean"), getattr(p.model, "gives", ("posterior_mean",))
         if needed not in given:
             fitting = [n for n in registry.solvers.names() if _needs(n) in given and _process(n) == process.kind]

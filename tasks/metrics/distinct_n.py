@@ -25,7 +25,8 @@ class _Grams:
 class DistinctN:
     """Share of different n-grams among all n-grams of the samples, 1 when none repeats.
 
-    It falls with the number of samples, since there are only so many n-grams: compare at equal numbers only. Grams
+    It falls with the number of samples, since there are only so many n-grams: compare at equal numbers only. With few
+    token values take n so large that their V^n grams are many more than the samples have. Grams
     follow the order of the tokens; in pictures they run on over the ends of lines.
 
     Args:

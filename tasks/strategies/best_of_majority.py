@@ -75,11 +75,16 @@ class BestOfMajority:
             ValueError: says which notions fit.
         """
         tokens = recipe.parts.model.noising.kind == "masked"
-        if self.equivalence is None or (self.equivalence == "tokens") != tokens:
+        unfit = "cell" if tokens else "tokens"
+        if self.equivalence in (None, unfit):
             raise ValueError(
                 f"strategy best_of_majority counts equal answers, but strategy.equivalence={self.equivalence} is none "
                 f"for model {recipe.model['name']}. Set it to "
-                + ("tokens." if tokens else "classifier (8x8 digits) or cell (coordinates in cells of strategy.cell).")
+                + (
+                    "tokens, or classifier (8x8 digits)."
+                    if tokens
+                    else "classifier (8x8 digits) or cell (coordinates in cells of strategy.cell)."
+                )
             )
         if self.equivalence == "classifier":
             classifier.refuse_other_shapes(sample_shape(recipe.parts.model), "strategy.equivalence=classifier")

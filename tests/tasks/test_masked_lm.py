@@ -42,8 +42,10 @@ def saved(tmp_path_factory):
 
 
 def recipe_of(folder, **model):
-    return Recipe({"name": "masked_lm", "path": str(folder), "length": 6} | model, {"name": "ancestral"},
-                  {"name": "uniform", "num_steps": 3}, {"name": "none"}, {"name": "single"}, batch_size=8).completed()  # fmt: skip
+    spec = {"name": "masked_lm", "path": str(folder), "length": 6} | model
+    recipe = Recipe(spec, {"name": "ancestral"}, {"name": "uniform", "num_steps": 3}, {"name": "none"},
+                    {"name": "single"}, batch_size=8)  # fmt: skip
+    return recipe.completed()
 
 
 def test_states_number_the_real_tokens_and_the_mask_comes_last(saved):

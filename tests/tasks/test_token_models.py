@@ -210,6 +210,59 @@ def test_tokens_are_read_from_images_and_strings_alike():
         token_ids(torch.zeros(2, 3, 32, 32))
 
 
+# --- pairings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"solver": "ddim"},
+            "solver ddim steps gaussian processes, but model digits_tokens is masked. Choose one of: anc",
+        ),
+        ({"solver": "unified"}, "steps gaussian processes, but model digits_tokens is masked"),
+        ({"model": "digits"}, "solver ancestral steps masked processes, but model digits is gaussian. Choose one of: "),
+        (
+            {"times": "gits"},
+            "times gits is made for gaussian processes, but model digits_tokens is masked. Use times=uni",
+        ),
+        ({"times": "karras"}, "need a Gaussian model. Use times=uniform"),
+        ({"initial": "teleport"}, "initial teleport is made for gaussian processes.*Use initial=prior"),
+        ({"guidance": {"name": "cfg", "sigma_low": 0.1}}, "model digits_tokens has no noise levels"),
+        ({"strategy": {"name": "best_of_majority", "n": 2, "equivalence": "cell"}}, "Set it to tokens, or classifier"),
+        ({"strategy": "dps"}, "solver ancestral does not give"),
+        ({"strategy": "noise_search"}, "model digits_tokens is masked"),
+        ({"model": "table", "guidance": "cfg"}, "needs labels, but model table has none"),
+    ],
+)
+def test_what_does_not_fit_tokens_is_refused_when_planning(changes, message):
+    recipe = Recipe({"name": "digits_tokens"}, {"name": "ancestral"}, {"name": "uniform", "num_steps": 4},
+                    {"name": "none"}, {"name": "single"}, {"name": "class_log_prob"}).completed()  # fmt: skip
+    recipe.check()
+    with pytest.raises(ValueError, match=message):
+        recipe.override(changes).check()
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"name": "best_of_n", "n": 2},
+        {"name": "best_of_majority", "n": 2, "equivalence": "classifier"},
+        {"name": "best_of_majority", "n": 2, "equivalence": "tokens"},
+        {"name": "fk_steering", "particles": 2},
+        {"name": "svdd", "candidates": 2},
+    ],
+    ids=lambda s: "-".join(map(str, s.values())),
+)
+def test_strategies_choose_among_tokens_by_rewards_of_images(strategy):
+    recipe = Recipe({"name": "digits_tokens"}, {"name": "ancestral"}, {"name": "uniform", "num_steps": 2},
+                    {"name": "cfg"}, strategy, {"name": "class_log_prob"}, batch_size=8).completed()  # fmt: skip
+    recipe.check()
+    rows = generate(recipe, 0, 4)
+    assert rows["x0"].shape == (4, 1, 8, 8)
+    assert (rows["nfe"] == recipe.nfe).all()
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
