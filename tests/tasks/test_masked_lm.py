@@ -6,39 +6,18 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny_bert
 import torch
+from tiny_bert import WORDS, save_tokenizer
 
 from tasks import registry
 from tasks.recipe import Recipe
 from tasks.run import generate
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = [SPECIAL[0], "a", "b", *SPECIAL[1:], "c", "d", "e"]  # real tokens on both sides of the special ones
-
-
-def save_tokenizer(folder, words=WORDS, **more):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=inner, **names, **more).save_pretrained(folder)
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    from transformers import BertConfig, BertForMaskedLM
-
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=10, hidden_dropout_prob=0.1, initializer_range=0.5,
-    )  # fmt: skip
-    BertForMaskedLM(config).save_pretrained(folder)
-    save_tokenizer(folder, mask_token="[MASK]")
-    return folder
+    return tiny_bert.save(tmp_path_factory.mktemp("bert"))
 
 
 def recipe_of(folder, **model):
