@@ -104,13 +104,14 @@ class TokenNetwork(nn.Module):
         self.row, self.column = nn.Embedding(config.height, config.dim), nn.Embedding(config.width, config.dim)
         self.label = nn.Embedding(config.num_classes + 1, config.dim)
         self.shift = nn.Embedding(SHIFTS, config.dim)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
+        layers = [_Block(config) for _ in range(config.depth)]
+        self.blocks = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, config.vocabulary)
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and not name.endswith("near"):
                 nn.init.normal_(weight, std=0.02 if name != "level.weight" else 0.1)
-        for block in self.blocks:
+        for block in layers:
             for last in (block.join, block.narrow):
                 nn.init.normal_(last.weight, std=0.02 / (2 * config.depth) ** 0.5)
         nn.init.zeros_(self.head.weight)
