@@ -48,15 +48,15 @@ def test_tokens_are_the_grey_levels_of_the_digits():
     assert torch.equal(model.encode(torch.from_numpy(digits.images())), torch.from_numpy(tokens))
 
 
-@pytest.mark.parametrize("hidden", [0.25, 0.5, 0.75])
-def test_the_masked_model_uses_its_context(hidden):
+@pytest.mark.parametrize(("hidden", "least"), [(0.25, 0.25), (0.5, 0.2), (0.75, 0.1)])
+def test_the_masked_model_uses_its_context(hidden, least):
     # A model that looks at label and place alone reaches the class marginals at best, however many tokens it is shown.
     tokens, labels = held_out(160)
     network = token_network.load(WEIGHTS / "digits_tokens", "cpu")
     found = training.bound(network, tokens, labels, seed=1, hidden=hidden)
     marginals = -training.class_marginals()[labels[:, None], np.arange(64), tokens].mean(axis=1)
     gain = marginals - found.numpy()
-    assert gain.mean() > 0.2
+    assert gain.mean() > least  # nats a token; the less is visible, the less there is to gain
     assert gain.mean() > 5 * gain.std() / math.sqrt(len(gain))
 
 
