@@ -232,7 +232,12 @@ class Bench:
         place = np.random.default_rng(0).permutation(len(samples))
         place = np.resize(place, rows)
         x0 = torch.as_tensor(np.asarray(samples)[place], device=self.recipe.device)
-        x0 = x0.to(getattr(torch, self.recipe.dtype)).reshape(rows, *self.model.shape)
+        if hasattr(self.model, "encode"):  # what is stored is not what is stepped
+            x0 = self.model.encode(x0)
+        elif plugin.noising.kind == "masked":
+            x0 = x0.long()
+        else:
+            x0 = x0.to(getattr(torch, self.recipe.dtype)).reshape(rows, *self.model.shape)
         cond = torch.as_tensor(np.asarray(labels)[place], device=self.recipe.device) if self.model.num_classes else None
         return x0, cond
 

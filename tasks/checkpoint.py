@@ -24,7 +24,14 @@ def _digest(path: str, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read once for as long as size and time of change stay."""
+    stat = path.stat()
+    return _digest(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The fields of a JSON file; a missing or damaged one is refused with its path."""
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
@@ -53,7 +60,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise ValueError(f"model.path {str(folder)!r} is not a folder. Give one made by save_pretrained.")
         self.unet = folder / "unet" if (folder / "unet").is_dir() else folder
-        self.config = _read_json(self.unet / "config.json", "a diffusers UNet")
+        self.config = read_json(self.unet / "config.json", "a diffusers UNet")
         if self.config.get("_class_name") != "UNet2DModel":
             raise ValueError(
                 f"{self.unet / 'config.json'} describes a {self.config.get('_class_name')!r}, not a UNet2DModel."
@@ -64,7 +71,7 @@ class Checkpoint:
                 f"{folder} has no scheduler/scheduler_config.json; set model.scheduler, for example "
                 "{beta_schedule: linear, prediction_type: epsilon}."
             )
-        self.scheduler = scheduler if scheduler is not None else _read_json(saved, "a scheduler configuration")
+        self.scheduler = scheduler if scheduler is not None else read_json(saved, "a scheduler configuration")
         for field in ("sample_size", "in_channels"):
             if not self.config.get(field):
                 raise ValueError(f"{self.unet / 'config.json'} has no {field}. Save the model again.")
@@ -120,8 +127,7 @@ class Checkpoint:
     @property
     def revision(self) -> str:
         """SHA-256 over the weights and both configurations."""
-        stat = self.weights.stat()
-        digest = _digest(str(self.weights), stat.st_size, stat.st_mtime_ns)
+        digest = file_digest(self.weights)
         return hashlib.sha256(json.dumps([digest, self.config, self.scheduler], sort_keys=True).encode()).hexdigest()[
             :16
         ]

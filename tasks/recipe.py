@@ -16,6 +16,7 @@ from tasks.calibration import Calibration
 from tasks.registry import Spec, unknown
 from tasks.rehearsal import rehearse
 from tasks.schedule import SolverSchedule
+from tasks.types import sample_shape
 
 PLUGINS = ("model", "solver", "times", "initial", "guidance", "strategy", "reward")
 PLAIN = ("labels", "batch_size", "seed", "dtype", "device")
@@ -187,7 +188,7 @@ class Recipe:
         if p.strategy.uses_reward:
             if p.reward is None:
                 raise ValueError(f"strategy {self.strategy['name']} needs a reward. Set reward=NAME.")
-            p.reward.check(p.model.shape)
+            p.reward.check(sample_shape(p.model))
             if p.reward.needs_labels and not self.has_labels:
                 raise ValueError(f"reward {self.reward['name']} needs labels, but this study has none.")  # type: ignore[index]
             if hasattr(p.reward, "at") and self.has_labels:
@@ -209,6 +210,14 @@ class Recipe:
     def _check_pairings(self) -> None:
         """Refuse a model, solver, times or initial state that do not belong together."""
         p, process = self.parts, self.parts.model.noising
+        studied = [("times", p.times, "uniform")] if hasattr(p.times, "calibrate") else []
+        studied += [("initial", p.initial, "prior")] if self.initial["name"] not in ("prior", "shared_noise") else []
+        for kind, plugin, instead in studied:
+            if getattr(plugin, "process", "gaussian") != process.kind:
+                raise ValueError(
+                    f"{kind} {plugin.name} is made for {getattr(plugin, 'process', 'gaussian')} processes, but model "
+                    f"{self.model['name']} is {process.kind}. Use {kind}={instead}."
+                )
         needed, given = getattr(p.solver, "needs", "posterior_mean"), getattr(p.model, "gives", ("posterior_mean",))
         if needed not in given:
             fitting = [n for n in registry.solvers.names() if _needs(n) in given and _process(n) == process.kind]

@@ -36,7 +36,9 @@ class Model(Protocol):
     ``denoise(x, t, cond)`` is the posterior mean E[x_0 | x_t = x]: (B, *shape) for a Gaussian process, and (B, L, V)
     class probabilities for a masked one. ``cond`` is (B,) int64 labels, where ``num_classes`` means "no label".
     ``t`` is one time, or a float64 tensor with one time a row, (B,). ``decode`` maps clean states to what is stored;
-    in a model whose states are relative to its condition, with the help of the labels.
+    in a model whose states are relative to its condition, with the help of the labels. Where a stored sample has
+    another shape than a state, the model has ``sample_shape`` and ``encode``, the inverse of ``decode``. A token model
+    whose law can be written down has ``energy_log_prob(tokens, cond)`` (``tasks/autoregressive.py``).
     """
 
     process: Any
@@ -136,6 +138,11 @@ class Scorer(Protocol):
 
 
 Rows = Mapping[str, np.ndarray]
+
+
+def sample_shape(model: Any) -> tuple[int, ...]:
+    """Shape of one stored sample of a model: what ``decode`` gives, where that differs from a state."""
+    return tuple(getattr(model, "sample_shape", model.shape))
 
 
 class Metric(Protocol):

@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 LEVELS = 17
+SIDE = 8
 
 
 @lru_cache(maxsize=1)
@@ -28,6 +29,11 @@ def labels() -> np.ndarray:
     return _load()[1]
 
 
+def tokens() -> np.ndarray:
+    """The grey level of every pixel in raster order, (1797, 64) int64 from 0 (paper) to 16 (ink)."""
+    return np.rint((images().reshape(-1, SIDE * SIDE) + 1.0) * 8.0).astype(np.int64)
+
+
 def held_out(fraction: float = 0.2, seed: int = 0) -> np.ndarray:
-    """A fixed mask of test images, (1797,) bool; the classifier never trains on them."""
+    """A fixed mask of test images, (1797,) bool; the classifier and the token models never train on them."""
     return np.random.default_rng(seed).random(len(labels())) < fraction

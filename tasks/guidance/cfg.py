@@ -18,6 +18,9 @@ from tasks.types import Model
 class ClassifierFree:
     """Classifier-free guidance: ``x0 = x0_u + scale (x0_c - x0_u)``, two evaluations per call.
 
+    On tokens it is done with log-probabilities, ``p = p_u^(1 - scale) p_c^scale / Z`` for every token, which is the
+    same extrapolation of the score of a discrete process.
+
     With scale=1 the mathematics is that of the conditional model and with scale=0 that of the unconditional one; both
     are still evaluated as two calls, so that the account stays the same along a sweep.
 
@@ -31,7 +34,8 @@ class ClassifierFree:
 
     Reference: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6 (their w is scale - 1); Kynkäänniemi et
         al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
-        Models", eq. 5 (the interval).
+        Models", eq. 5 (the interval); Schiff et al. 2025, "Simple Guidance Mechanisms for Discrete Diffusion Models",
+        section 3.1 (tokens).
     Cost: two network evaluations per call, one outside of the interval.
     """
 
@@ -86,10 +90,20 @@ class _Guided:
                 if inside.any():
                     nothing = torch.full_like(cond[inside], self._model.num_classes)
                     without = self._model.denoise(x[inside], t[inside], nothing)
-                    conditional[inside] = without + self._spec.scale * (conditional[inside] - without)
+                    conditional[inside] = self._guided(without, conditional[inside])
                 return conditional
             if not self._spec.guides(self.process, float(t)):
                 return self._model.denoise(x, t, cond)
         unconditional = self._model.denoise(x, t, torch.full_like(cond, self._model.num_classes))
         conditional = self._model.denoise(x, t, cond)
-        return unconditional + self._spec.scale * (conditional - unconditional)
+        return self._guided(unconditional, conditional)
+
+    def _guided(self, without: Tensor, conditional: Tensor) -> Tensor:
+        if self.process.kind != "masked":
+            return without + self._spec.scale * (conditional - without)
+        # A floor instead of log 0: what both exclude stays excluded, what one of them excludes becomes very unlikely or
+        # very likely, and is never NaN.
+        log_u, log_c = (p.double().clamp_min(1e-30).log() for p in (without, conditional))
+        guided = (log_u + self._spec.scale * (log_c - log_u)).softmax(-1)
+        guided = guided.masked_fill((without == 0) & (conditional == 0), 0.0)
+        return guided / guided.sum(-1, keepdim=True)

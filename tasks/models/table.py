@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tasks.processes import Masked
 from tasks.registry import models
+from tasks.tokens import check_tokens
 
 
 @models.register("table")
@@ -75,6 +76,11 @@ class Table:
         return (self.length,)
 
     @property
+    def log_prob_revision(self) -> str:
+        """The joint is in the settings."""
+        return self.revision
+
+    @property
     def noising(self) -> Masked:
         """The process object."""
         return Masked(self.vocabulary)
@@ -104,6 +110,12 @@ class TableDenoiser:
         weight = agree.all(-1).double() * self._joint  # (B, S)
         weight = weight / weight.sum(-1, keepdim=True)
         return torch.einsum("bs,slv->blv", weight, self._one_hot)
+
+    def energy_log_prob(self, tokens: Tensor, cond: Tensor | None = None) -> Tensor:
+        """log p(x) of whole strings in nats, the joint itself; (B, L) int64 -> (B,) float64, -inf where it is 0."""
+        check_tokens(tokens, self.process.vocabulary, self.shape[0])
+        base = self.process.vocabulary ** torch.arange(self.shape[0] - 1, -1, -1, device=tokens.device)
+        return self._joint[(tokens * base).sum(dim=1)].log()
 
     def decode(self, x0: Tensor, cond: Tensor | None = None) -> Tensor:
         """The tokens themselves."""

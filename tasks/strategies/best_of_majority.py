@@ -13,7 +13,7 @@ from tasks import classifier
 from tasks.account import Account
 from tasks.lookahead import rows_of
 from tasks.registry import strategies, unknown
-from tasks.types import Noise, Reward, Samples, reindex
+from tasks.types import Noise, Reward, Samples, reindex, sample_shape
 
 EQUIVALENCES = ("classifier", "cell", "tokens")
 
@@ -75,14 +75,19 @@ class BestOfMajority:
             ValueError: says which notions fit.
         """
         tokens = recipe.parts.model.noising.kind == "masked"
-        if self.equivalence is None or (self.equivalence == "tokens") != tokens:
+        unfit = "cell" if tokens else "tokens"
+        if self.equivalence in (None, unfit):
             raise ValueError(
                 f"strategy best_of_majority counts equal answers, but strategy.equivalence={self.equivalence} is none "
                 f"for model {recipe.model['name']}. Set it to "
-                + ("tokens." if tokens else "classifier (8x8 digits) or cell (coordinates in cells of strategy.cell).")
+                + (
+                    "tokens, or classifier (8x8 digits)."
+                    if tokens
+                    else "classifier (8x8 digits) or cell (coordinates in cells of strategy.cell)."
+                )
             )
         if self.equivalence == "classifier":
-            classifier.refuse_other_shapes(recipe.parts.model.shape, "strategy.equivalence=classifier")
+            classifier.refuse_other_shapes(sample_shape(recipe.parts.model), "strategy.equivalence=classifier")
 
     def account(self, evaluations: Sequence[int]) -> Account:
         """N trajectories and reward calls."""

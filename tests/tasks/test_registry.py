@@ -4,11 +4,14 @@ import dataclasses
 import json
 import pickle
 import re
+import tempfile
 import types
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import tiny_bert
 import torch
 
 import tasks
@@ -31,6 +34,8 @@ UNUSUAL = [
     ("model", {"name": "gmm", "fit": "digits"}),
     ("model", {"name": "table", "vocabulary": 2, "length": 2, "probabilities": [0.5, 0.0, 0.25, 0.25]}),
     ("model", {"name": "digits", "path": DIGITS}),
+    ("model", {"name": "digits_tokens", "path": str(Path(DIGITS).with_name("digits_tokens"))}),
+    ("model", {"name": "masked_lm", "path": "owner/name", "revision": "0123456789" * 4, "length": 7}),
     ("model", {"name": "unet", "path": DIGITS, "scheduler": {"beta_schedule": "linear"}, "data": "digits"}),
     ("solver", {"name": "ddim", "eta": 0.25}),
     ("solver", {"name": "dpmpp_2m", "lower_order_final": True}),
@@ -54,12 +59,25 @@ UNUSUAL = [
     ("metric", {"name": "frechet", "features": "identity"}),
     ("metric", {"name": "kid", "features": "identity", "max_samples": 12}),
     ("metric", {"name": "mean_reward", "reward": "ink"}),
+    ("metric", {"name": "perplexity", "model": {"name": "table", "vocabulary": 2}}),
+    ("metric", {"name": "distinct_n", "n": 3}),
+    ("metric", {"name": "pass_at_k", "reward": "class_correct", "k": 2}),
+    ("reward", {"name": "token_log_prob", "model": {"name": "table"}}),
     ("metric", {"name": "trajectory", "solver": {"name": "heun"}, "num_steps": 9, "times": {"name": "karras"}}),
     ("features", {"name": "trajectory_distance", "num_steps": 9, "times": {"name": "explicit", "values": [1.0, 0.0]}}),
 ]
 
 
+@lru_cache(maxsize=1)
+def saved_bert():
+    folder = tempfile.TemporaryDirectory()
+    tiny_bert.save(folder.name)
+    return folder
+
+
 def build(kind, name):
+    if name == "masked_lm":
+        return registry.models.build({"name": name, "path": saved_bert().name, "length": 6})
     return registry.ALL[kind].build({"name": name} | REQUIRED.get((kind, name), {}))
 
 
