@@ -66,6 +66,5 @@ class Frechet:
 
     def influence(self, summary: Moments, reference: Any, rows: Rows) -> dict[str, np.ndarray]:
         """First-order effect of each row."""
-        x = rows[self.features]
-        effect = frechet_influence(x, summary.mean, summary.covariance, reference["mean"], reference["covariance"])
+        effect = frechet_influence(rows[self.features], summary, reference["mean"], reference["covariance"])
         return {"quality/frechet": effect}

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg, stats
 
+from tasks import moments as moments_module
 from tasks import registry
 from tasks.moments import Moments, frechet_distance, frechet_influence
 
@@ -195,6 +196,23 @@ def test_moments_of_float32_features_are_summed_in_float64():
     np.testing.assert_allclose(moments.covariance[0, 0], np.var(x.astype(np.float64), ddof=1), rtol=1e-10)
 
 
+@pytest.mark.parametrize("block", [1, 7, 200])
+def test_moments_do_not_depend_on_the_rows_held_at_a_time(block, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(150, 5)).astype(np.float32) + 30
+    monkeypatch.setattr(moments_module, "BLOCK", block)
+    found = Moments.of(x)
+    np.testing.assert_allclose(found.covariance, np.cov(x.T.astype(np.float64)), rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(found.covariance, found.covariance.T)
+
+
+def test_no_rows_are_the_neutral_element_of_merging():
+    x = np.random.default_rng(0).normal(size=(9, 3))
+    some, none = Moments.of(x), Moments.of(x[:0])
+    assert none.count == 0
+    for merged in (some.merge(none), none.merge(some)):
+        np.testing.assert_array_equal(merged.covariance, some.covariance)
+
+
 # --- Fréchet ---------------------------------------------------------------------------------------------------------
 
 
@@ -241,8 +259,8 @@ def test_frechet_distance_is_real_on_rank_deficient_input():
 
 def test_frechet_gradient_vanishes_at_the_reference():
     rng = np.random.default_rng(0)
-    mean, covariance = random_gaussian(rng, 5)
-    effect = frechet_influence(rng.normal(size=(50, 5)), mean, covariance, mean, covariance)
+    own = Moments.of(rng.normal(size=(50, 5)) @ rng.normal(size=(5, 5)))
+    effect = frechet_influence(rng.normal(size=(50, 5)), own, own.mean, own.covariance)
     np.testing.assert_allclose(effect, 0, atol=1e-9)
 
 
