@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from tasks.once import Once
+from tasks.registry import Spec, column, features
 
 BLOCK = 4096  # rows that are held in float64 at a time
 
@@ -28,14 +31,14 @@ class Moments:
     once: Once = field(default_factory=Once, compare=False, repr=False)
 
     @classmethod
-    def of(cls, features: np.ndarray) -> Moments:
+    def of(cls, rows: np.ndarray) -> Moments:
         """Moments of (B, D) features of any float type; B may be 0. Copies ``BLOCK`` rows at a time, never all."""
         from scipy.linalg.blas import dsyrk
 
-        count, dim = features.shape
+        count, dim = rows.shape
         mean, scatter = np.zeros(dim), np.zeros((dim, dim), order="F")
         for start in range(0, count, BLOCK):
-            part = np.array(features[start : start + BLOCK], dtype=np.float64, order="C")
+            part = np.array(rows[start : start + BLOCK], dtype=np.float64, order="C")
             centre = part.mean(axis=0)
             part -= centre
             scatter = dsyrk(1.0, part.T, beta=1.0, c=scatter, lower=1, overwrite_c=1)
@@ -76,6 +79,15 @@ def _factor(matrix: np.ndarray) -> np.ndarray:
         return vectors * np.sqrt(np.clip(values, 0.0, None))
 
 
+def reference_moments(spec: Spec | str, model: Any, score: Callable[[Spec, Any, Any], np.ndarray]) -> dict[str, Any]:
+    """Mean and covariance of some features of a model's data: exact ones where it knows them."""
+    if column(spec) == "identity" and hasattr(model, "moments"):
+        mean, covariance = model.moments()
+        return {"mean": mean, "covariance": covariance}
+    found = Moments.of(score(features.complete(spec), *model.reference()))
+    return {"mean": found.mean, "covariance": found.covariance}
+
+
 def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
     """``|m_a - m_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2)`` by one symmetric eigensolve in float64.
 
@@ -105,19 +117,19 @@ def frechet_gradient(cov: np.ndarray, cov_ref: np.ndarray) -> np.ndarray:
     return np.eye(len(cov)) - turned @ turned.T
 
 
-def frechet_influence(features: np.ndarray, own: Moments, mean_ref: np.ndarray, cov_ref: np.ndarray) -> np.ndarray:
+def frechet_influence(x: np.ndarray, own: Moments, mean_ref: np.ndarray, cov_ref: np.ndarray) -> np.ndarray:
     """First-order effect of each row on the Fréchet distance of its set, (B,), with mean zero over the set.
 
     With G the gradient, row x contributes ``2 (m - m_ref)(x - m) + (x - m)^T G (x - m) - tr(G S)``. G is worked out once
     for a set and a reference.
 
     Args:
-        features: rows of the set, (B, D).
+        x: features of rows of the set, (B, D).
         own: moments of the whole set.
         mean_ref, cov_ref: of the reference.
     """
     gradient, level = own.once(cov_ref, lambda: _with_trace(own.covariance, cov_ref))
-    centred = np.asarray(features, dtype=np.float64) - own.mean
+    centred = np.asarray(x, dtype=np.float64) - own.mean
     quadratic = np.einsum("bi,bi->b", centred @ gradient, centred)
     return 2.0 * centred @ (own.mean - mean_ref) + quadratic - level
 

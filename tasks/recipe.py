@@ -444,8 +444,14 @@ class Parts:
 
 
 def scorer_identity(spec: Spec | None) -> Any:
-    """Spec and weights of a scorer: any change to what is measured misses the cache."""
-    return None if spec is None else {"spec": spec, "revision": registry.scorer(spec).revision}
+    """Spec and weights of a scorer: any change to what is measured misses the cache.
+
+    Where the weights lie does not matter, so ``path`` and ``pinned`` are left out; the revision holds their hash.
+    """
+    if spec is None:
+        return None
+    said = {key: value for key, value in spec.items() if key not in ("path", "pinned")}
+    return {"spec": said, "revision": registry.scorer(spec).revision}
 
 
 _GIVES = {
