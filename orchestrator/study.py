@@ -133,15 +133,12 @@ class Study:
             return
         if self.cluster == "label" and not recipe.has_labels:
             raise ValueError("cluster=label needs labels, but this study has none. Set cluster=null.")
-        found = {
-            i % self.cluster if isinstance(self.cluster, int) else recipe.label(i) for i in range(min(count, 2**16))
-        }
-        if isinstance(self.cluster, int) or self.cluster == "label":
-            if len(found) < 2:
-                raise ValueError(
-                    f"cluster={self.cluster} makes one cluster of all {count} samples, which has no standard error. Set "
-                    "cluster=null or raise num_samples."
-                )
+        single = isinstance(recipe.labels, int) or recipe.parts.model.num_classes < 2
+        if count < 2 or (self.cluster == "label" and single):
+            raise ValueError(
+                f"cluster={self.cluster} makes one cluster of all {count} samples, which has no standard error. Set "
+                "cluster=null or raise num_samples."
+            )
 
     @staticmethod
     def _check_companion(recipe: Recipe, metric: str, need: Spec) -> None:

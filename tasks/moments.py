@@ -120,8 +120,8 @@ def frechet_gradient(cov: np.ndarray, cov_ref: np.ndarray) -> np.ndarray:
 def frechet_influence(x: np.ndarray, own: Moments, mean_ref: np.ndarray, cov_ref: np.ndarray) -> np.ndarray:
     """First-order effect of each row on the Fréchet distance of its set, (B,), with mean zero over the set.
 
-    With G the gradient, row x contributes ``2 (m - m_ref)(x - m) + (x - m)^T G (x - m) - tr(G S)``. G is worked out once
-    for a set and a reference.
+    With G the gradient, row x contributes ``2 (m - m_ref)(x - m) + (x - m)^T G (x - m) - tr(G S)``. G is worked out
+    once for a set and a reference.
 
     Args:
         x: features of rows of the set, (B, D).

@@ -190,7 +190,7 @@ class Recipe:
             p.reward.check(p.model.shape)
             if p.reward.needs_labels and not self.has_labels:
                 raise ValueError(f"reward {self.reward['name']} needs labels, but this study has none.")  # type: ignore[index]
-            if hasattr(p.reward, "at") and self.has_labels:
+            if hasattr(p.reward, "at") and not hasattr(p.reward, "prompts") and self.has_labels:
                 raise ValueError(
                     f"reward {self.reward['name']} measures item i in row i, whose label asks for another class. Set "  # type: ignore[index]
                     "labels=null."

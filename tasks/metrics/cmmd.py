@@ -30,7 +30,8 @@ class CMMD:
         sigma: width of the kernel.
         max_samples: rows used.
 
-    Reference: Jayasumana et al. 2024, "Rethinking FID: Towards a Better Evaluation Metric for Image Generation", sec. 4.
+    Reference: Jayasumana et al. 2024, "Rethinking FID: Towards a Better Evaluation Metric for Image Generation",
+        section 4.
     """
 
     features: str | dict[str, Any] = "clip"

@@ -30,8 +30,8 @@ class _Groups:
 class FrechetInfinity:
     """Fréchet distance extrapolated to infinitely many samples, where its bias of O(1/n) ends.
 
-    The distance of n samples is a line in 1/n. With G groups of n/G samples each, ``(G FD_n - mean FD_{n/G}) / (G - 1)``
-    is where the line through n and n/G meets 1/n = 0. It removes the bias of the samples only: a finite reference
+    The distance of n samples is a line in 1/n. With G groups of n/G samples each, the line through n and n/G meets
+    1/n = 0 at ``(G FD_n - mean FD_{n/G}) / (G - 1)``. It removes the bias of the samples only: a finite reference
     leaves its own (with N items as much as N samples would). Its standard error is larger than the plain distance's,
     and it can be negative near zero. Row i belongs to group i mod G.
 
@@ -61,8 +61,8 @@ class FrechetInfinity:
         dim = features.build(self.features).dim(model.shape)
         if num_samples // self.groups <= dim:
             raise ValueError(
-                f"frechet_infinity is rank-deficient: {num_samples // self.groups} rows in each of {self.groups} groups "
-                f"for {dim} features. Raise num_samples above {self.groups * (dim + 1)} or use kid."
+                f"frechet_infinity is rank-deficient: {num_samples // self.groups} rows in each of {self.groups} "
+                f"groups for {dim} features. Raise num_samples above {self.groups * (dim + 1)} or use kid."
             )
 
     def reference(self, model: Any, score: Callable[[Spec, Any, Any], np.ndarray]) -> dict[str, np.ndarray]:

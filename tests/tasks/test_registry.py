@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tiny_weights
 import torch
 
 import tasks
@@ -60,7 +61,7 @@ UNUSUAL = [
 
 
 def build(kind, name):
-    return registry.ALL[kind].build({"name": name} | REQUIRED.get((kind, name), {}))
+    return registry.ALL[kind].build({"name": name} | REQUIRED.get((kind, name), {}) | tiny_weights.fields(kind, name))
 
 
 # --- every plug-in ---------------------------------------------------------------------------------------------------
@@ -160,16 +161,19 @@ def test_public_members_are_documented(kind, name):
 @pytest.mark.parametrize("name", registry.rewards.names())
 def test_a_reward_gives_one_number_per_sample(name):
     samples = torch.linspace(-1, 1, 5 * 64).view(5, 1, 8, 8)
-    reward = registry.rewards.build(name)
+    reward = build("reward", name)
     scorer = reward.at(torch.arange(5)) if hasattr(reward, "at") else reward
     values = scorer(samples, torch.arange(5))
     assert values.shape == (5,)
     assert torch.isfinite(values).all()
 
 
-@pytest.mark.parametrize("name", registry.features.names())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n.startswith("inception") else n for n in registry.features.names()],
+)
 def test_features_are_as_long_as_they_say(name):
-    extractor = registry.features.build(name)
+    extractor = build("features", name)
     companion = [torch.zeros(5, 1, 8, 8)] if hasattr(extractor, "companion") else []
     values = extractor(torch.linspace(-1, 1, 5 * 64).view(5, 1, 8, 8), None, *companion)
     assert values.shape == (5, extractor.dim((1, 8, 8)))
