@@ -76,7 +76,8 @@ def from_image_reward(state: dict[str, Tensor]) -> dict[str, Tensor]:
 class Answers:
     """A BLIP question answering model: the probability of an answer to a question about a picture.
 
-    Questions are padded to one length and padding is not looked at, so an answer depends on no other row.
+    Rows with equal questions are asked together and without padding, which transformers' decoder would look at whatever
+    mask it is given; so an answer depends on no other row.
     """
 
     LENGTH = 64
@@ -86,19 +87,24 @@ class Answers:
         self.size = network.config.vision_config.image_size
 
     def probability(self, pixels: Tensor, questions: list[str], answer: str) -> Tensor:
-        """``prod_j p(a_j | a_<j, question, picture)`` over the answer's tokens, (B,)."""
-        network = self.network
-        asked = tokens(self._tokenizer, questions, self.LENGTH, self._device)
-        seen = network.vision_model(pixel_values=pixels).last_hidden_state
-        looked = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
-        question = network.text_encoder(**asked, encoder_hidden_states=seen, encoder_attention_mask=looked)
+        """``prod_j p(a_j | a_<j, question, picture)`` over the answer's tokens, (B,) float64."""
+        parts, places = [], []
+        for question in dict.fromkeys(questions):
+            rows = [i for i, other in enumerate(questions) if other == question]
+            parts.append(self._asked(pixels[rows], question, answer))
+            places += rows
+        return torch.cat(parts)[torch.tensor(places, device=pixels.device).argsort()]
+
+    def _asked(self, pixels: Tensor, question: str, answer: str) -> Tensor:
+        network, count = self.network, len(pixels)
+        words = self._tokenizer(question, truncation=True, max_length=self.LENGTH, return_tensors="pt")["input_ids"]
         said = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
         begun = torch.tensor([[network.decoder_start_token_id, *said[:-1]]], device=self._device)
-        logits = network.text_decoder(
-            input_ids=begun.expand(len(pixels), -1),
-            encoder_hidden_states=question.last_hidden_state,
-            encoder_attention_mask=asked["attention_mask"],
-        ).logits
+        seen = network.vision_model(pixel_values=pixels).last_hidden_state
+        asked = network.text_encoder(
+            input_ids=words.to(self._device).expand(count, -1), encoder_hidden_states=seen
+        ).last_hidden_state
+        logits = network.text_decoder(input_ids=begun.expand(count, -1), encoder_hidden_states=asked).logits
         log_p = torch.log_softmax(logits.double(), dim=-1)
         return log_p[:, torch.arange(len(said)), said].sum(dim=1).exp()
 

@@ -163,7 +163,7 @@ def blip_config():
 def _bert_tokenizer(folder: Path) -> None:
     from transformers import BertTokenizer
 
-    words = "[PAD] [UNK] [CLS] [SEP] [DEC] [MASK] yes no a red cat dogs house does this picture show ? two on very long road"
+    words = "[PAD] [UNK] [CLS] [SEP] [DEC] [MASK] yes no a red cat dogs house does this picture show ? two on very long"
     BertTokenizer(vocab={word: i for i, word in enumerate(words.split())}).save_pretrained(folder)
 
 
