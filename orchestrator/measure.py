@@ -139,7 +139,7 @@ def clusters(chunk: dict[str, np.ndarray], cluster: Cluster) -> np.ndarray:
         return chunk["sample_id"] % cluster
     found = chunk[cluster]
     if found.dtype.kind == "f" and np.isnan(found).any():
-        raise ValueError(f"the rows have no column {cluster!r} to make clusters of. Set cluster to label or null.")
+        raise ValueError(f"the rows have no column {cluster!r} to make clusters of. Set group_by to label or null.")
     return found
 
 

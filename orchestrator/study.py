@@ -46,7 +46,7 @@ class Study:
         root: where everything is written.
         question: what the study is to answer, for people.
         reuse_gib: bound of the states that trials with equal beginnings share; 0 keeps none.
-        cluster: what rows are alike in, for standard errors: a column of theirs, a number k for rows whose indices
+        group_by: what rows are alike in, for standard errors: a column of theirs, a number k for rows whose indices
             agree modulo k (as with k prompts), or None for independent rows.
         config: the composed configuration, as it was given.
     """
@@ -63,7 +63,7 @@ class Study:
     price_per_device_hour: float = 0.0
     storage: str | None = None
     reuse_gib: float = 0.0
-    cluster: str | int | None = None
+    group_by: str | int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -113,7 +113,7 @@ class Study:
             raise ValueError(f"sample indices [{first}, {first + count}) must lie in [0, {MAX_INDEX}).")
         recipe.check()
         model = recipe.parts.model
-        self._check_cluster(recipe, count)
+        self._check_groups(recipe, count)
         for spec in self.metrics:
             plugin = registry.metrics.build(spec)
             for need in plugin.needs():
@@ -127,17 +127,17 @@ class Study:
                 plugin.check_recipe(recipe)
         return trial
 
-    def _check_cluster(self, recipe: Recipe, count: int) -> None:
+    def _check_groups(self, recipe: Recipe, count: int) -> None:
         """Refuse clusters of which there are not two."""
-        if self.cluster is None:
+        if self.group_by is None:
             return
-        if self.cluster == "label" and not recipe.has_labels:
-            raise ValueError("cluster=label needs labels, but this study has none. Set cluster=null.")
+        if self.group_by == "label" and not recipe.has_labels:
+            raise ValueError("group_by=label needs labels, but this study has none. Set group_by=null.")
         single = isinstance(recipe.labels, int) or recipe.parts.model.num_classes < 2
-        if count < 2 or (self.cluster == "label" and single):
+        if count < 2 or (self.group_by == "label" and single):
             raise ValueError(
-                f"cluster={self.cluster} makes one cluster of all {count} samples, which has no standard error. Set "
-                "cluster=null or raise num_samples."
+                f"group_by={self.group_by} makes one cluster of all {count} samples, which has no standard error. Set "
+                "group_by=null or raise num_samples."
             )
 
     @staticmethod
@@ -470,10 +470,10 @@ class _Loop:
         if not trial.reason:
             try:
                 trial.values, trial.errors = measure(
-                    trial.recipe, self.study.metrics, trial.first_index, trial.stop, self.store, self.study.cluster
+                    trial.recipe, self.study.metrics, trial.first_index, trial.stop, self.store, self.study.group_by
                 )
                 if trial.proposal.race is not None:
-                    more = trial.proposal.race.look(trial, self.study.metrics, self.store, self.study.cluster)
+                    more = trial.proposal.race.look(trial, self.study.metrics, self.store, self.study.group_by)
             except CorruptShard as error:
                 log.warning("%s", error)
                 if trial.attempts < MAX_ATTEMPTS:

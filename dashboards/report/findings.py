@@ -34,7 +34,7 @@ class Judge:
 
     def __init__(self, name: str, lower: bool, store: Store, config: dict[str, Any]) -> None:
         self.name, self.lower, self._store = name, lower, store
-        self._cluster = config.get("cluster")
+        self._cluster = config.get("group_by")
         specs = (registry.metrics.complete(spec) for spec in config["metrics"])
         self._metric = next(spec for spec in specs if name in registry.metrics.build(spec).better)
 

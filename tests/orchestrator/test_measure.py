@@ -209,12 +209,12 @@ def test_clusters_of_a_column_that_rows_lack_are_refused(gmm: Recipe, tmp_path: 
 
 @pytest.mark.parametrize(
     ("cluster", "message"),
-    [("label", "cluster=label needs labels"), (64, None), (2, None)],
+    [("label", "group_by=label needs labels"), (64, None), (2, None)],
 )
 def test_a_study_refuses_clusters_that_it_cannot_have(
     make_study: Callable[..., Any], cluster: str | int, message: str | None
 ) -> None:
-    study = make_study(cluster=cluster)
+    study = make_study(group_by=cluster)
     if message is None:
         study.trial(0, Proposal({}))
         return
@@ -223,8 +223,8 @@ def test_a_study_refuses_clusters_that_it_cannot_have(
 
 
 def test_one_sample_makes_no_clusters(make_study: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="cluster=4 makes one cluster of all 1 samples"):
-        make_study(cluster=4, num_samples=1).trial(0, Proposal({}))
+    with pytest.raises(ValueError, match="group_by=4 makes one cluster of all 1 samples"):
+        make_study(group_by=4, num_samples=1).trial(0, Proposal({}))
 
 
 def test_reference_data_is_scored_once_for_all_metrics_and_models_that_share_it(
