@@ -192,7 +192,9 @@ def measure(
     effects: dict[str, list[np.ndarray]] = {name: [] for name in values}
     groups: list[np.ndarray] = []
     for chunk in chunks(recipe, needs, start, stop, store, more):
-        groups += [] if cluster is None else [clusters(chunk, cluster)]
+        if cluster is not None:
+            chunk["group"] = clusters(chunk, cluster)
+            groups.append(chunk["group"])
         for plugin, summary, ref in zip(plugins, summaries, references, strict=True):
             for name, effect in plugin.influence(summary, ref, chunk).items():
                 effects[name].append(effect)
@@ -219,8 +221,10 @@ def influences(
         summary = part if summary is None else plugin.merge(summary, part)
     effects, groups = [], []
     for chunk in chunks(recipe, needs, start, stop, store, more):
+        if cluster is not None:
+            chunk["group"] = clusters(chunk, cluster)
+            groups.append(chunk["group"])
         effects.append(plugin.influence(summary, ref, chunk)[name])
-        groups += [] if cluster is None else [clusters(chunk, cluster)]
     found = np.concatenate(effects)
     if groups:
         used = np.isfinite(found)

@@ -113,15 +113,21 @@ class ConditionalDiversity:
         return {NAME: _mean_pairs(summary) / _unit(reference)}
 
     def influence(self, summary: Groups, reference: Any, rows: Rows) -> dict[str, np.ndarray]:
-        """``n / (G n_g) 2 (|x - m_g|^2 - S_g / n_g)`` of a row in group g; rows alone in theirs have none."""
+        """``n / (G n_g) 2 (|x - m_g|^2 - S_g / n_g)`` of a row in group g; rows alone in theirs have none.
+
+        Labels and prompts are taken as given. Where standard errors are to hold for new ones (``rows["group"]``, the
+        same within each), what a group's own value differs from the mean is added.
+        """
         used = {key: group for key, group in summary.items() if group.count > 1}
-        total = sum(group.count for group in used.values())
+        total, mean = sum(group.count for group in used.values()), _mean_pairs(summary)
         effect = np.full(len(rows[self.by]), np.nan)
         x = np.asarray(rows[column(self.features)], dtype=np.float64)
         for key in set(rows[self.by].tolist()) & used.keys():
             own, group = rows[self.by] == key, used[key]
-            distance = np.square(x[own] - group.mean).sum(axis=1) - group.scatter / group.count
-            effect[own] = distance * 2.0 * total / (len(used) * group.count)
+            distance = 2.0 * (np.square(x[own] - group.mean).sum(axis=1) - group.scatter / group.count)
+            if "group" in rows and len(set(rows["group"][own].tolist())) == 1:
+                distance += group.pairs - mean
+            effect[own] = distance * total / (len(used) * group.count)
         return {NAME: effect / _unit(reference)}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tasks.moments import Moments, frechet_distance, frechet_influence, reference_moments
+from tasks.parts import part_of
 from tasks.registry import Spec, column, features, metrics
 from tasks.types import Rows
 
@@ -24,16 +25,22 @@ class _Groups:
     def whole(self) -> Moments:
         return reduce(Moments.merge, self.parts)
 
+    @cached_property
+    def slope(self) -> float:
+        """``(1/n) / (mean 1/n_g - 1/n)``: how far the line goes on from the whole, in steps from the groups to it."""
+        return 1.0 / (float(np.mean([self.whole.count / m.count for m in self.parts])) - 1.0)
+
 
 @metrics.register("frechet_infinity")
 @dataclass(frozen=True)
 class FrechetInfinity:
     """Fréchet distance extrapolated to infinitely many samples, where its bias of O(1/n) ends.
 
-    The distance of n samples is a line in 1/n. With G groups of n/G samples each, the line through n and n/G meets
-    1/n = 0 at ``(G FD_n - mean FD_{n/G}) / (G - 1)``. It removes the bias of the samples only: a finite reference
-    leaves its own (with N items as much as N samples would). Its standard error is larger than the plain distance's,
-    and it can be negative near zero. Row i belongs to group i mod G.
+    The distance of n samples is a line in 1/n. With G groups of about n/G samples each, the line through n and n/G
+    meets 1/n = 0 at ``(G FD_n - mean FD_{n/G}) / (G - 1)``; the groups' true sizes are used, to which rows belong as if
+    drawn.
+    It removes the bias of the samples only: a finite reference leaves its own (with N items as much as N samples
+    would). Its standard error is larger than the plain distance's, and it can be negative near zero.
 
     Args:
         features: name of the feature extractor, or its whole spec.
@@ -71,7 +78,7 @@ class FrechetInfinity:
 
     def summarize(self, rows: Rows) -> _Groups:
         """Moments of these rows, by group."""
-        x, group = rows[column(self.features)], rows["position"] % self.groups
+        x, group = rows[column(self.features)], part_of(rows["position"], self.groups)
         return _Groups(tuple(Moments.of(x[group == g]) for g in range(self.groups)))
 
     def merge(self, a: _Groups, b: _Groups) -> _Groups:
@@ -80,19 +87,19 @@ class FrechetInfinity:
 
     def compute(self, summary: _Groups, reference: Any) -> dict[str, float]:
         """The extrapolated distance."""
-        whole, *parts = (
-            frechet_distance(m.mean, m.covariance, reference["mean"], reference["covariance"])
-            for m in (summary.whole, *summary.parts)
-        )
-        return {NAME: (self.groups * whole - float(np.mean(parts))) / (self.groups - 1)}
+        given = reference["mean"], reference["covariance"]
+        whole = frechet_distance(summary.whole.mean, summary.whole.covariance, *given)
+        parts = [frechet_distance(m.mean, m.covariance, *given) for m in summary.parts]
+        slope = summary.slope
+        return {NAME: whole - slope * (float(np.mean(parts)) - whole)}
 
     def influence(self, summary: _Groups, reference: Any, rows: Rows) -> dict[str, np.ndarray]:
         """First-order effect of each row, through the whole and through its group."""
-        x, group = rows[column(self.features)], rows["position"] % self.groups
+        x, group = rows[column(self.features)], part_of(rows["position"], self.groups)
         given = reference["mean"], reference["covariance"]
-        effect = self.groups * frechet_influence(x, summary.whole, *given)
+        effect = (1.0 + summary.slope) * frechet_influence(x, summary.whole, *given)
         for g, moments in enumerate(summary.parts):
             own = group == g
-            share = summary.whole.count / (self.groups * moments.count)
+            share = summary.slope * summary.whole.count / (self.groups * moments.count)
             effect[own] -= share * frechet_influence(x[own], moments, *given)
-        return {NAME: effect / (self.groups - 1)}
+        return {NAME: effect}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks.parts import part_of
 from tasks.registry import Spec, column, features, metrics
 from tasks.types import Rows
 
@@ -26,10 +27,10 @@ class _Sums:
 class InceptionScore:
     """``exp(E KL(p(y|x) || p(y)))`` of a classifier: sure about every sample, and unsure about their mixture.
 
-    The mean over ``splits`` parts, row i in part i mod splits. Every part's p(y) is its own, so the score is biased
-    downwards at few samples a part; compare at equal numbers only. It knows nothing of the data: samples that are one
-    perfect image a class score best. Classes are ImageNet's with ``inception_v3_logits``, whose published scores use
-    ten splits.
+    The mean over ``splits`` parts, to which rows belong as if drawn. Every part's p(y) is its own, so the score is
+    biased downwards at few samples a part; compare at equal numbers only. It knows nothing of the data: samples that
+    are one perfect image a class score best. Classes are ImageNet's with ``inception_v3_logits``, whose published
+    scores use ten splits.
 
     Args:
         features: name of an extractor of class logits, or its whole spec.
@@ -52,11 +53,11 @@ class InceptionScore:
         return (features.complete(self.features),)
 
     def check(self, model: Any, num_samples: int) -> None:
-        """Two rows in every part."""
-        if num_samples < 2 * self.splits:
+        """Ten rows a part, so that none is empty."""
+        if num_samples < 10 * self.splits:
             raise ValueError(
-                f"inception_score needs two rows in each of {self.splits} splits, got num_samples={num_samples}. Raise "
-                "it, or set fewer splits."
+                f"inception_score needs ten rows for each of {self.splits} splits, got num_samples={num_samples}. "
+                "Raise it, or set fewer splits."
             )
 
     def reference(self, model: Any, score: Callable[[Spec, Any, Any], np.ndarray]) -> None:
@@ -64,7 +65,7 @@ class InceptionScore:
 
     def summarize(self, rows: Rows) -> _Sums:
         """Sums of these rows, by part."""
-        log_p, part = _log_softmax(rows[column(self.features)]), rows["position"] % self.splits
+        log_p, part = _log_softmax(rows[column(self.features)]), part_of(rows["position"], self.splits)
         p = np.exp(log_p)
         probability = np.zeros((self.splits, p.shape[1]))
         np.add.at(probability, part, p)
@@ -76,16 +77,16 @@ class InceptionScore:
         return _Sums(a.count + b.count, a.probability + b.probability, a.negentropy + b.negentropy)
 
     def compute(self, summary: _Sums, reference: Any) -> dict[str, float]:
-        """The mean over the parts."""
-        return {NAME: float(np.exp(_divergences(summary)).mean())}
+        """The mean over the parts that have rows."""
+        return {NAME: float(np.exp(_divergences(summary)[summary.count > 0]).mean())}
 
     def influence(self, summary: _Sums, reference: Any, rows: Rows) -> dict[str, np.ndarray]:
         """``n / (S n_s) IS_s (KL(p_i || p(y)) - mean KL)`` of a row in part s."""
-        log_p, part = _log_softmax(rows[column(self.features)]), rows["position"] % self.splits
+        log_p, part = _log_softmax(rows[column(self.features)]), part_of(rows["position"], self.splits)
         mean, found = _mean_log(summary), _divergences(summary)
         p = np.exp(log_p)
         own = (p * np.where(p > 0, log_p - mean[part], 0.0)).sum(axis=1)
-        share = summary.count.sum() / (self.splits * summary.count[part])
+        share = summary.count.sum() / ((summary.count > 0).sum() * summary.count[part])
         return {NAME: share * np.exp(found[part]) * (own - found[part])}
 
 
@@ -96,10 +97,10 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _mean_log(summary: _Sums) -> np.ndarray:
-    mean = summary.probability / summary.count[:, None]
+    mean = summary.probability / np.maximum(summary.count, 1)[:, None]
     return np.log(np.where(mean > 0, mean, 1.0))  # a class that no row may have adds nothing
 
 
 def _divergences(summary: _Sums) -> np.ndarray:
-    mean = summary.probability / summary.count[:, None]
-    return summary.negentropy / summary.count - (mean * _mean_log(summary)).sum(axis=1)
+    mean = summary.probability / np.maximum(summary.count, 1)[:, None]
+    return summary.negentropy / np.maximum(summary.count, 1) - (mean * _mean_log(summary)).sum(axis=1)

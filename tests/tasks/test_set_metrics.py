@@ -13,6 +13,7 @@ from tasks import neighbours, registry
 from tasks.intervals import standard_error
 from tasks.manifold import overlap
 from tasks.moments import Moments, frechet_distance
+from tasks.parts import part_of
 
 
 class Data:
@@ -245,7 +246,7 @@ def test_the_inception_score_is_the_mean_over_its_splits():
     logits = np.random.default_rng(0).normal(size=(30, 4))
     expected = []
     for s in range(3):
-        log_p = log_softmax(logits[s::3], axis=1)
+        log_p = log_softmax(logits[part_of(np.arange(30), 3) == s], axis=1)
         p = np.exp(log_p)
         expected.append(np.exp((p * (log_p - np.log(p.mean(axis=0)))).sum(axis=1).mean()))
     found = measured({"name": "inception_score", "splits": 3}, logits, None)["quality/inception_score"]
@@ -327,7 +328,7 @@ def test_impossible_settings_are_refused(spec, message):
     ("spec", "rows", "message"),
     [
         ({"name": "prdc"}, 6, "prdc needs at least 7 rows, got num_samples=6"),
-        ({"name": "inception_score"}, 19, "two rows in each of 10 splits, got num_samples=19"),
+        ({"name": "inception_score"}, 99, "ten rows for each of 10 splits, got num_samples=99"),
         ({"name": "conditional_diversity"}, 5, "num_samples must be 6 at least for 3 labels, got 5"),
     ],
 )
@@ -339,3 +340,38 @@ def test_too_few_rows_are_refused(spec, rows, message):
 def test_moments_of_one_set_are_those_of_numpy_for_any_memory_order():
     x = np.asfortranarray(np.random.default_rng(0).normal(size=(30, 4)))
     np.testing.assert_allclose(Moments.of(x).covariance, np.cov(x.T), rtol=1e-12)
+
+
+@pytest.mark.parametrize("parts", [2, 5, 10])
+def test_parts_are_even_and_take_no_turns_with_labels(parts):
+    part = part_of(np.arange(20_000), parts)
+    assert np.bincount(part, minlength=parts) == pytest.approx(20_000 / parts, rel=0.05)
+    for label in range(parts):  # labels take turns
+        share = np.bincount(part[label::parts], minlength=parts) * parts**2 / 20_000
+        assert share == pytest.approx(1, abs=5 * math.sqrt(parts**2 / 20_000))
+
+
+def test_labels_that_take_turns_do_not_move_values_that_need_parts():
+    rng = np.random.default_rng(0)
+    label = np.arange(4000) % 10
+    logits = 8.0 * np.eye(10)[label] + 0.1 * rng.normal(size=(4000, 10))
+    score = measured({"name": "inception_score"}, logits, None)["quality/inception_score"]
+    assert score > 9
+    x, y = (3.0 * (label % 2)[:, None] + rng.normal(size=(4000, 3)) for _ in range(2))
+    found = measured({"name": "frechet_infinity", "features": "identity"}, x, y)["quality/frechet_infinity"]
+    assert abs(found) < 0.05
+
+
+def test_the_error_of_conditional_diversity_for_new_labels_is_the_spread_over_labels():
+    rng = np.random.default_rng(0)
+    label = np.repeat(np.arange(30), 20)
+    x = rng.normal(size=(600, 2)) * (1 + rng.random(30))[label][:, None]
+    metric = registry.metrics.build({"name": "conditional_diversity", "features": "identity", "relative": False})
+    rows = {"identity": x, "label": label}
+    summary = metric.summarize(rows)
+    within = [group.pairs for group in summary.values()]
+    effects = metric.influence(summary, None, rows | {"group": label})["quality/conditional_diversity"]
+    expected = np.std(within, ddof=1) / math.sqrt(30)
+    assert standard_error(effects, label) == pytest.approx(expected, rel=1e-9)
+    given = metric.influence(summary, None, rows)["quality/conditional_diversity"]
+    assert standard_error(given) < expected
