@@ -201,7 +201,7 @@ def test_the_digit_classifier_refuses_other_shapes(name):
         ("solver", "dpm_2m", "dpmpp_2m"),
         ("times", "karas", "karras"),
         ("model", "digit", "digits"),
-        ("metric", "frechet_distance", "frechet"),
+        ("metric", "frechett", "frechet"),
         ("strategy", "best_of_m", "best_of_n"),
     ],
 )
