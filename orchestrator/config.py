@@ -25,7 +25,7 @@ FILES = ("study", "cluster", "space")  # groups whose members are YAML files
 VALUES = (
     "name", "question", "nfe", "schedule", "metrics", "labels", "num_samples", "first_index", "batch_size",
     "shard_size", "seed", "dtype", "device", "root", "storage", "price_per_device_hour",
-    "reuse_gib",
+    "reuse_gib", "group_by",
 )  # fmt: skip
 
 
@@ -249,6 +249,13 @@ def study(data: dict[str, Any]) -> Study:
         raise ValueError(f"reuse_gib must be a number of at least 0, got {reuse!r}.")
     if reuse and is_remote(root_of(data)):
         raise ValueError(f"reuse_gib={reuse} needs a root that is a folder, got {data['root']}. Set reuse_gib=0.")
+    group_by = data.get("group_by")
+    if isinstance(group_by, bool) or not (group_by is None or isinstance(group_by, str | int)) or group_by == "":
+        raise ValueError(
+            f"group_by must be null, label, a column of the rows or a number of prompts, got {group_by!r}."
+        )
+    if isinstance(group_by, int) and group_by < 2:
+        raise ValueError(f"group_by must be at least 2 where it is a number of prompts, got {group_by}.")
     for group in ("executor", "tracker"):
         EVERY[group].build(data[group])
     metrics = data["metrics"] or []
@@ -270,5 +277,6 @@ def study(data: dict[str, Any]) -> Study:
         price_per_device_hour=float(price),
         storage=data["storage"],
         reuse_gib=float(reuse),
+        group_by=group_by,
         config=data,
     )

@@ -6,6 +6,7 @@ whoever made the rows. A second pass adds up every row's influence, which gives 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from itertools import chain
@@ -17,6 +18,7 @@ from orchestrator import rows
 from orchestrator.plan import aside, covered, missing
 from orchestrator.store import Store
 from tasks import registry, run
+from tasks.intervals import clustered, standard_error
 from tasks.recipe import Recipe, canonical, digest, scorer_identity
 from tasks.registry import Spec
 
@@ -42,9 +44,15 @@ def scorers(metrics: list[Spec]) -> list[Spec]:
     return list(found.values())
 
 
-def chunks(recipe: Recipe, needs: list[Spec], start: int, stop: int, store: Store) -> Iterator[dict[str, np.ndarray]]:
-    """The columns of the rows [start, stop), ``CHUNK`` rows at a time; ``position`` numbers them from 0."""
+def chunks(
+    recipe: Recipe, needs: list[Spec], start: int, stop: int, store: Store, more: tuple[str, ...] = ()
+) -> Iterator[dict[str, np.ndarray]]:
+    """The columns of the rows [start, stop), ``CHUNK`` rows at a time; ``position`` numbers them from 0.
+
+    ``more`` names columns of the rows that not every metric reads; one that the rows lack is NaN.
+    """
     names = ["label", "nfe", "reward_calls", "decodes", *(["work"] if recipe.masks else [])]
+    names += [name for name in more if name not in names]
     spans = missing(start, stop, covered([], aside(recipe, needs, store)))
     sources = [_rechunk(store, "rows", recipe.key, names, spans)]
     sources += [_rechunk(store, "columns", recipe.column_key(spec), ["value"], spans) for spec in needs]
@@ -57,6 +65,12 @@ def chunks(recipe: Recipe, needs: list[Spec], start: int, stop: int, store: Stor
         chunk["position"] = np.arange(position, position + count)
         position += count
         yield chunk
+
+
+def own_columns(metrics: list[Spec]) -> tuple[str, ...]:
+    """Columns of the rows themselves that some metrics read beside those that every row has."""
+    found = [name for spec in metrics for name in getattr(registry.metrics.build(spec), "columns", ())]
+    return tuple(dict.fromkeys(found))
 
 
 def _rechunk(
@@ -86,20 +100,59 @@ def reference(recipe: Recipe, metric: Spec, store: Store) -> dict[str, np.ndarra
     key = digest({"metric": metric, "model": source, "revision": model.revision, "scorers": identity})
     found = store.get_arrays("references", key)
     if found is None:
-
-        def score(spec: Spec, samples: Any, labels: Any) -> np.ndarray:
-            return run.score(spec, np.asarray(samples), np.asarray(labels), 0, 256, "cpu")
-
-        found = plugin.reference(model, score)
+        found = plugin.reference(model, lambda spec, samples, labels: _scored(spec, samples, labels, store))
         if found is not None:
             store.put_arrays("references", key, found)
     return found
 
 
+def _scored(spec: Spec, samples: Any, labels: Any, store: Store) -> np.ndarray:
+    """A scorer's column over reference data, made once for all metrics and models that compare with the same data.
+
+    Its key is the content of the data and the identity of the scorer: weights, and what it does to an image first.
+    """
+    samples = np.asarray(samples)
+    content = hashlib.sha256(f"{samples.dtype.str}{samples.shape}".encode())
+    content.update(np.ascontiguousarray(samples).data)
+    data = {"samples": content.hexdigest()}
+    if registry.scorer(spec).needs_labels:
+        data["labels"] = hashlib.sha256(np.asarray(labels, dtype=np.int64).tobytes()).hexdigest()
+    key = digest({"data": data, "scorer": scorer_identity(spec)})
+    found = store.get_arrays("references", key)
+    if found is None:
+        known = np.zeros(len(samples), dtype=np.int64) if labels is None else np.asarray(labels)
+        found = {"value": run.score(spec, samples, known, 0, 256, "cpu")}
+        store.put_arrays("references", key, found)
+    return found["value"]
+
+
+Cluster = str | int  # a column of the rows, or a number k: rows whose indices agree modulo k
+
+
+def clusters(chunk: dict[str, np.ndarray], cluster: Cluster) -> np.ndarray:
+    """The cluster of every row of a chunk.
+
+    Raises:
+        ValueError: the rows lack the column.
+    """
+    if isinstance(cluster, int):
+        return chunk["sample_id"] % cluster
+    found = chunk[cluster]
+    if found.dtype.kind == "f" and np.isnan(found).any():
+        raise ValueError(f"the rows have no column {cluster!r} to make clusters of. Set group_by to label or null.")
+    return found
+
+
+def _columns_of(cluster: Cluster | None) -> tuple[str, ...]:
+    return () if cluster is None else ("sample_id" if isinstance(cluster, int) else cluster,)
+
+
 def measure(
-    recipe: Recipe, metrics: list[Spec], start: int, stop: int, store: Store
+    recipe: Recipe, metrics: list[Spec], start: int, stop: int, store: Store, cluster: Cluster | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Values of a trial whose rows and columns are complete, and their standard errors.
+
+    Rows are taken as independent, or as coming in clusters, whose standard errors hold for new clusters.
 
     Raises:
         ValueError: a value that is not finite, or fewer rows than the trial asked for.
@@ -115,6 +168,7 @@ def measure(
             "range": [start, stop],
             "without": without,
         }
+        | ({} if cluster is None else {"cluster": cluster})
     )
     known = store.get_json("values", key)
     if known is not None:
@@ -122,8 +176,8 @@ def measure(
     plugins = [registry.metrics.build(spec) for spec in metrics]
     references = [reference(recipe, spec, store) for spec in metrics]
     summaries: list[Any] = [None] * len(plugins)
-    total = 0
-    for chunk in chunks(recipe, needs, start, stop, store):
+    total, more = 0, own_columns(metrics) + _columns_of(cluster)
+    for chunk in chunks(recipe, needs, start, stop, store, more):
         total += len(chunk["nfe"])
         for i, plugin in enumerate(plugins):
             part = plugin.summarize(chunk)
@@ -135,18 +189,17 @@ def measure(
     values: dict[str, float] = {}
     for plugin, summary, ref in zip(plugins, summaries, references, strict=True):
         values |= plugin.compute(summary, ref)
-    squares: dict[str, list[float]] = {name: [0.0, 0.0, 0.0] for name in values}
-    for chunk in chunks(recipe, needs, start, stop, store):
+    effects: dict[str, list[np.ndarray]] = {name: [] for name in values}
+    groups: list[np.ndarray] = []
+    for chunk in chunks(recipe, needs, start, stop, store, more):
+        if cluster is not None:
+            chunk["group"] = clusters(chunk, cluster)
+            groups.append(chunk["group"])
         for plugin, summary, ref in zip(plugins, summaries, references, strict=True):
             for name, effect in plugin.influence(summary, ref, chunk).items():
-                used = effect[np.isfinite(effect)]
-                squares[name][0] += len(used)
-                squares[name][1] += float(used.sum())
-                squares[name][2] += float((used**2).sum())
-    errors = {}
-    for name, (count, first, second) in squares.items():
-        variance = max(second / count - (first / count) ** 2, 0.0) if count > 1 else math.nan
-        errors[name] = math.sqrt(variance / max(count - 1, 1))
+                effects[name].append(effect)
+    group = np.concatenate(groups) if groups else None
+    errors = {name: standard_error(np.concatenate(parts), group) for name, parts in effects.items()}
     for name, value in values.items():
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value} for {recipe.key}; it never counts as a result.")
@@ -155,20 +208,30 @@ def measure(
 
 
 def influences(
-    recipe: Recipe, metric: Spec, name: str, start: int, stop: int, store: Store
+    recipe: Recipe, metric: Spec, name: str, start: int, stop: int, store: Store, cluster: Cluster | None = None
 ) -> tuple[float, np.ndarray]:
-    """A value and every row's first-order effect on it, (stop - start,): what paired comparisons subtract."""
+    """A value and every row's first-order effect on it, (stop - start,): what paired comparisons subtract.
+
+    With clusters there is one effect a cluster instead, (G,), in the order of the sorted clusters.
+    """
     plugin, needs, ref = registry.metrics.build(metric), scorers([metric]), reference(recipe, metric, store)
-    summary = None
-    for chunk in chunks(recipe, needs, start, stop, store):
+    summary, more = None, own_columns([metric]) + _columns_of(cluster)
+    for chunk in chunks(recipe, needs, start, stop, store, more):
         part = plugin.summarize(chunk)
         summary = part if summary is None else plugin.merge(summary, part)
-    effects = [plugin.influence(summary, ref, c)[name] for c in chunks(recipe, needs, start, stop, store)]
-    return plugin.compute(summary, ref)[name], np.concatenate(effects)
+    effects, groups = [], []
+    for chunk in chunks(recipe, needs, start, stop, store, more):
+        if cluster is not None:
+            chunk["group"] = clusters(chunk, cluster)
+            groups.append(chunk["group"])
+        effects.append(plugin.influence(summary, ref, chunk)[name])
+    found = np.concatenate(effects)
+    if groups:
+        used = np.isfinite(found)
+        found = clustered(found[used], np.concatenate(groups)[used])
+    return plugin.compute(summary, ref)[name], found
 
 
 def paired_difference(a: tuple[float, np.ndarray], b: tuple[float, np.ndarray]) -> tuple[float, float]:
     """Value of a minus value of b and its standard error, when both were measured on the same sample indices."""
-    effect = a[1] - b[1]
-    effect = effect[np.isfinite(effect)]
-    return a[0] - b[0], float(effect.std(ddof=1) / math.sqrt(len(effect)))
+    return a[0] - b[0], standard_error(a[1] - b[1])

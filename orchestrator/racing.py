@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.measure import influences, paired_difference
+from orchestrator.measure import Cluster, influences, paired_difference
 from tasks import registry
 from tasks.registry import Spec, coerce, unknown
 
@@ -119,13 +119,14 @@ class Race:
         """Samples of a new trial."""
         return self.settings.looks(self.full)[0]
 
-    def look(self, trial: Any, metrics: list[Spec], store: Any) -> int | None:
+    def look(self, trial: Any, metrics: list[Spec], store: Any, cluster: Cluster | None = None) -> int | None:
         """Look at a measured trial.
 
         Args:
             trial: with its values on ``num_samples`` samples; ``looks``, ``stopped`` and ``estimate`` are filled in.
             metrics: the study's.
             store: where the rows lie.
+            cluster: what rows are alike in.
 
         Returns:
             the number of samples it is to have now, or None when it is decided.
@@ -138,7 +139,7 @@ class Race:
             return None
         rival = self._incumbent
         if rival is not None and rival.first_index == trial.first_index:
-            self._compare(trial, rival, found, metrics, store)
+            self._compare(trial, rival, found, metrics, store, cluster)
         # A trial of an earlier launch keeps what it had then.
         if trial.proposal.settled or (found.difference is not None and self._is_beaten(found, rival)):
             trial.stopped = True
@@ -147,13 +148,17 @@ class Race:
             return None
         return next(n for n in self.settings.looks(self.full) if n > trial.num_samples)
 
-    def _compare(self, trial: Any, rival: Any, found: Look, metrics: list[Spec], store: Any) -> None:
+    def _compare(
+        self, trial: Any, rival: Any, found: Look, metrics: list[Spec], store: Any, cluster: Cluster | None
+    ) -> None:
         """Fill in the paired difference from the incumbent."""
         spec = next(m for m in metrics if self.objective in registry.metrics.build(m).better)
         first, stop = trial.first_index, trial.first_index + trial.num_samples
-        mine = influences(trial.recipe, spec, self.objective, first, stop, store)
+        mine = influences(trial.recipe, spec, self.objective, first, stop, store, cluster)
         if trial.num_samples not in self._effects:
-            self._effects[trial.num_samples] = influences(rival.recipe, spec, self.objective, first, stop, store)
+            self._effects[trial.num_samples] = influences(
+                rival.recipe, spec, self.objective, first, stop, store, cluster
+            )
         theirs = self._effects[trial.num_samples]
         if len(mine[1]) == len(theirs[1]):  # rows that were set aside break the pairing
             difference, error = paired_difference(mine, theirs)

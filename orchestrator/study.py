@@ -47,6 +47,8 @@ class Study:
         root: where everything is written.
         question: what the study is to answer, for people.
         reuse_gib: bound of the states that trials with equal beginnings share; 0 keeps none.
+        group_by: what rows are alike in, for standard errors: a column of theirs, a number k for rows whose indices
+            agree modulo k (as with k prompts), or None for independent rows.
         config: the composed configuration, as it was given.
     """
 
@@ -62,6 +64,7 @@ class Study:
     price_per_device_hour: float = 0.0
     storage: str | None = None
     reuse_gib: float = 0.0
+    group_by: str | int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -111,6 +114,7 @@ class Study:
             raise ValueError(f"sample indices [{first}, {first + count}) must lie in [0, {MAX_INDEX}).")
         recipe.check()
         model = recipe.parts.model
+        self._check_groups(recipe, count)
         for spec in self.metrics:
             plugin = registry.metrics.build(spec)
             for need in plugin.needs():
@@ -120,7 +124,22 @@ class Study:
                     raise ValueError(f"metric {spec['name']} needs labels, but this study has none. Leave it out.")
                 self._check_companion(recipe, spec["name"], need)
             plugin.check(model, count)
+            if hasattr(plugin, "check_recipe"):
+                plugin.check_recipe(recipe)
         return trial
+
+    def _check_groups(self, recipe: Recipe, count: int) -> None:
+        """Refuse clusters of which there are not two."""
+        if self.group_by is None:
+            return
+        if self.group_by == "label" and not recipe.has_labels:
+            raise ValueError("group_by=label needs labels, but this study has none. Set group_by=null.")
+        single = isinstance(recipe.labels, int) or recipe.parts.model.num_classes < 2
+        if count < 2 or (self.group_by == "label" and single):
+            raise ValueError(
+                f"group_by={self.group_by} makes one cluster of all {count} samples, which has no standard error. Set "
+                "group_by=null or raise num_samples."
+            )
 
     @staticmethod
     def _check_companion(recipe: Recipe, metric: str, need: Spec) -> None:
@@ -452,10 +471,10 @@ class _Loop:
         if not trial.reason:
             try:
                 trial.values, trial.errors = measure(
-                    trial.recipe, self.study.metrics, trial.first_index, trial.stop, self.store
+                    trial.recipe, self.study.metrics, trial.first_index, trial.stop, self.store, self.study.group_by
                 )
                 if trial.proposal.race is not None:
-                    more = trial.proposal.race.look(trial, self.study.metrics, self.store)
+                    more = trial.proposal.race.look(trial, self.study.metrics, self.store, self.study.group_by)
             except CorruptShard as error:
                 log.warning("%s", error)
                 if trial.attempts < MAX_ATTEMPTS:

@@ -191,7 +191,7 @@ class Recipe:
             p.reward.check(sample_shape(p.model))
             if p.reward.needs_labels and not self.has_labels:
                 raise ValueError(f"reward {self.reward['name']} needs labels, but this study has none.")  # type: ignore[index]
-            if hasattr(p.reward, "at") and self.has_labels:
+            if hasattr(p.reward, "at") and not hasattr(p.reward, "prompts") and self.has_labels:
                 raise ValueError(
                     f"reward {self.reward['name']} measures item i in row i, whose label asks for another class. Set "  # type: ignore[index]
                     "labels=null."
@@ -453,8 +453,14 @@ class Parts:
 
 
 def scorer_identity(spec: Spec | None) -> Any:
-    """Spec and weights of a scorer: any change to what is measured misses the cache."""
-    return None if spec is None else {"spec": spec, "revision": registry.scorer(spec).revision}
+    """Spec and weights of a scorer: any change to what is measured misses the cache.
+
+    Where the weights lie does not matter, so ``path`` and ``pinned`` are left out; the revision holds their hash.
+    """
+    if spec is None:
+        return None
+    said = {key: value for key, value in spec.items() if key not in ("path", "pinned")}
+    return {"spec": said, "revision": registry.scorer(spec).revision}
 
 
 _GIVES = {

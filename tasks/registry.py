@@ -203,3 +203,8 @@ def identity(spec: Spec) -> Spec:
 def scorer(spec: Spec) -> Any:
     """Build a reward or a feature extractor: both are scorers, and their names do not overlap."""
     return (rewards if spec["name"] in rewards.names() else features).build(spec)
+
+
+def column(spec: Spec | str) -> str:
+    """The name under which rows hold a scorer's column, of its name or its spec."""
+    return spec if isinstance(spec, str) else str(spec["name"])

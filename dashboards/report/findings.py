@@ -8,6 +8,7 @@ from dashboards.report.view import Z95, Row, compared, costs, parts, unequal
 from orchestrator import measure
 from orchestrator.store import CorruptShard, Store
 from tasks import registry
+from tasks.intervals import holm, two_sided
 from tasks.recipe import Recipe
 
 
@@ -33,6 +34,7 @@ class Judge:
 
     def __init__(self, name: str, lower: bool, store: Store, config: dict[str, Any]) -> None:
         self.name, self.lower, self._store = name, lower, store
+        self._cluster = config.get("group_by")
         specs = (registry.metrics.complete(spec) for spec in config["metrics"])
         self._metric = next(spec for spec in specs if name in registry.metrics.build(spec).better)
 
@@ -40,14 +42,24 @@ class Judge:
         """Best first."""
         return sorted(rows, key=lambda row: row.measured(self.name), reverse=not self.lower)
 
-    def difference(self, a: Row, b: Row) -> str:
-        """a minus b with its 95 % interval: paired where the rows are still there, else as if independent."""
+    def compared(self, a: Row, b: Row) -> tuple[float, float, str]:
+        """a minus b, its standard error, and how: paired where the rows are still there, else as if independent."""
         try:
             value, error = measure.paired_difference(*(self._effects(row, row.span[1]) for row in (a, b)))
         except (KeyError, CorruptShard):
             error = (a.error(self.name) ** 2 + b.error(self.name) ** 2) ** 0.5
-            return f"{a.measured(self.name) - b.measured(self.name):+.3g} ± {Z95 * error:.2g} (unpaired)"
-        return f"{value:+.3g} ± {Z95 * error:.2g} (paired)"
+            return a.measured(self.name) - b.measured(self.name), error, "unpaired"
+        return value, error, "paired"
+
+    def difference(self, a: Row, b: Row) -> str:
+        """a minus b with its 95 % interval."""
+        value, error, how = self.compared(a, b)
+        return f"{value:+.3g} ± {Z95 * error:.2g} ({how})"
+
+    def told_apart(self, first: Row, rivals: list[Row]) -> int:
+        """How many rivals differ from the first at the 5 % level, corrected for their number (Holm)."""
+        found = [self.compared(first, rival)[:2] for rival in rivals]
+        return sum(p <= 0.05 for p in holm([two_sided(value, error) for value, error in found]))
 
     def on_first(self, row: Row, count: int) -> float | None:
         """A trial's value on the first ``count`` of its samples alone; None where it has fewer or they are gone."""
@@ -63,7 +75,8 @@ class Judge:
         if spec is None:
             raise KeyError(row.data["key"])
         first = row.span[0]
-        return measure.influences(Recipe(**spec), self._metric, self.name, first, first + count, self._store)
+        recipe, span = Recipe(**spec), (first, first + count)
+        return measure.influences(recipe, self._metric, self.name, *span, self._store, self._cluster)
 
 
 def _winners(pool: list[Row], judge: Judge) -> list[str]:
@@ -77,6 +90,9 @@ def _winners(pool: list[Row], judge: Judge) -> list[str]:
             line += f"; against {second.solver} with {second.grid}, the next, {judge.difference(first, second)}"
             warning = unequal(first, second)
             line += f" at equal cost of {costs(first)} a sample" if not warning else f". {warning}"
+        if len(rivals) > 1:
+            line += f". Of {len(rivals)} others, {judge.told_apart(first, rivals)} differ from it at the 5 % level "
+            line += "(Holm's correction)"
         lines.append(line + ".")
     return lines
 

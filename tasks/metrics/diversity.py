@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tasks.moments import Moments
-from tasks.registry import Spec, features, metrics
+from tasks.registry import Spec, column, features, metrics
 from tasks.types import Rows
 
 
@@ -22,12 +22,12 @@ class Diversity:
     steering towards a reward lowers it where samples become alike.
 
     Args:
-        features: name of the feature extractor.
+        features: name of the feature extractor, or its whole spec.
 
     Reference: none needed; the mean pairwise distance, as in "Intra-LPIPS" (Ojha et al. 2021), in other features.
     """
 
-    features: str = "classifier"
+    features: str | dict[str, Any] = "classifier"
 
     better = {"quality/diversity": "higher"}
 
@@ -44,13 +44,13 @@ class Diversity:
 
     def reference(self, model: Any, score: Callable[[Spec, Any, Any], np.ndarray]) -> dict[str, np.ndarray]:
         """The data's own trace."""
-        if self.features == "identity" and hasattr(model, "moments"):
+        if column(self.features) == "identity" and hasattr(model, "moments"):
             return {"trace": np.trace(model.moments()[1])}
         return {"trace": np.trace(Moments.of(score(self.needs()[0], *model.reference())).covariance)}
 
     def summarize(self, rows: Rows) -> Moments:
         """Moments of these rows."""
-        return Moments.of(rows[self.features])
+        return Moments.of(rows[column(self.features)])
 
     def merge(self, a: Moments, b: Moments) -> Moments:
         """Moments of both."""
@@ -62,6 +62,6 @@ class Diversity:
 
     def influence(self, summary: Moments, reference: Any, rows: Rows) -> dict[str, np.ndarray]:
         """First-order effect of each row."""
-        centred = np.asarray(rows[self.features], dtype=np.float64) - summary.mean
+        centred = np.asarray(rows[column(self.features)], dtype=np.float64) - summary.mean
         effect = np.square(centred).sum(axis=1) - np.trace(summary.scatter) / summary.count
         return {"quality/diversity": effect / float(reference["trace"])}

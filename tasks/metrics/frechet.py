@@ -8,9 +8,15 @@ from typing import Any
 
 import numpy as np
 
+<<<<<<< HEAD
 from tasks.moments import Moments, frechet_distance, frechet_influence
 from tasks.registry import Spec, features, metrics
 from tasks.types import Rows, sample_shape
+=======
+from tasks.moments import Moments, frechet_distance, frechet_influence, reference_moments
+from tasks.registry import Spec, column, features, metrics
+from tasks.types import Rows
+>>>>>>> w-metrics
 
 
 @metrics.register("frechet")
@@ -21,12 +27,12 @@ class Frechet:
     Biased upwards by O(1/n): compare values at equal numbers of samples only.
 
     Args:
-        features: name of the feature extractor.
+        features: name of the feature extractor, or its whole spec.
 
     Reference: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", eq. 6.
     """
 
-    features: str = "classifier"
+    features: str | dict[str, Any] = "classifier"
 
     better = {"quality/frechet": "lower"}
 
@@ -45,15 +51,11 @@ class Frechet:
 
     def reference(self, model: Any, score: Callable[[Spec, Any, Any], np.ndarray]) -> dict[str, np.ndarray]:
         """Mean and covariance of the reference data's features."""
-        if self.features == "identity" and hasattr(model, "moments"):
-            mean, covariance = model.moments()
-            return {"mean": mean, "covariance": covariance}
-        moments = Moments.of(score(self.needs()[0], *model.reference()))
-        return {"mean": moments.mean, "covariance": moments.covariance}
+        return reference_moments(self.features, model, score)
 
     def summarize(self, rows: Rows) -> Moments:
         """Moments of these rows."""
-        return Moments.of(rows[self.features])
+        return Moments.of(rows[column(self.features)])
 
     def merge(self, a: Moments, b: Moments) -> Moments:
         """Moments of both."""
@@ -66,6 +68,5 @@ class Frechet:
 
     def influence(self, summary: Moments, reference: Any, rows: Rows) -> dict[str, np.ndarray]:
         """First-order effect of each row."""
-        x = rows[self.features]
-        effect = frechet_influence(x, summary.mean, summary.covariance, reference["mean"], reference["covariance"])
+        effect = frechet_influence(rows[column(self.features)], summary, reference["mean"], reference["covariance"])
         return {"quality/frechet": effect}

@@ -194,3 +194,16 @@ def test_no_name_may_leave_the_folder_of_studies(tmp_path: Path) -> None:
         data = config.compose([]) | {"name": name}
         with pytest.raises(ValueError, match="name becomes a folder"):
             config.study(data)
+
+
+def test_rows_are_grouped_by_label_column_or_number_of_prompts() -> None:
+    for text, value in (("null", None), ("label", "label"), ("50", 50)):
+        assert config.study(config.compose(["study=tiny", f"group_by={text}"])).group_by == value
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("true", "must be null, label"), ("1", "at least 2"), ("0.5", "got 0.5")]
+)
+def test_groups_that_make_no_sense_are_refused(value: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"group_by .*{message}"):
+        config.study(config.compose(["study=tiny", f"group_by={value}"]))

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from orchestrator import measure, rows
 from orchestrator.plan import shards
+from orchestrator.ports import Proposal
 from orchestrator.store import CorruptShard, Store
 from orchestrator.worker import perform
+from tasks import run
+from tasks.intervals import standard_error
 from tasks.metrics.frechet import Frechet
 from tasks.recipe import Recipe
 from tasks.registry import Spec
@@ -164,3 +169,99 @@ def test_two_settings_of_one_scorer_are_refused_instead_of_being_mixed_up() -> N
     with pytest.raises(ValueError, match="two metrics read scorer measurement with different settings"):
         measure.scorers([metric_registry.complete(spec) for spec in both])
     assert len(measure.scorers([metric_registry.complete(both[0])] * 2)) == 1
+
+
+def test_clusters_by_a_number_of_prompts_are_rows_whose_indices_agree(gmm: Recipe, tmp_path: Path) -> None:
+    store = make(gmm, tmp_path, 3, 67, 16)
+    values, errors = measure.measure(gmm, METRICS, 3, 67, store, cluster=8)
+    plain = measure.measure(gmm, METRICS, 3, 67, store)
+    assert values == plain[0]
+    value, effects = measure.influences(gmm, METRICS[0], "quality/frechet", 3, 67, store)
+    expected = standard_error(effects, np.arange(3, 67) % 8)
+    assert errors["quality/frechet"] == pytest.approx(expected, rel=1e-12)
+    assert errors["quality/frechet"] != plain[1]["quality/frechet"]
+    grouped = measure.influences(gmm, METRICS[0], "quality/frechet", 3, 67, store, cluster=8)
+    assert grouped[0] == value and grouped[1].shape == (8,)
+    assert standard_error(grouped[1]) == pytest.approx(expected, rel=0.01)  # effects have mean zero up to 1 / n
+
+
+def test_clusters_by_label_are_the_labels(tmp_path: Path) -> None:
+    recipe = Recipe(
+        {"name": "gmm", "labels": True},
+        "ddim",
+        "uniform",
+        "none",
+        "single",
+        batch_size=16,  # type: ignore[arg-type]
+    ).completed()
+    store = make(recipe, tmp_path, 0, 64, 64, [METRICS[1]])
+    labels = [recipe.label(i) for i in range(64)]
+    effects = measure.influences(recipe, METRICS[1], "reward/ink", 0, 64, store)[1]
+    errors = measure.measure(recipe, [METRICS[1]], 0, 64, store, cluster="label")[1]
+    assert errors["reward/ink"] == pytest.approx(standard_error(effects, np.array(labels)), rel=1e-9)
+
+
+def test_clusters_of_a_column_that_rows_lack_are_refused(gmm: Recipe, tmp_path: Path) -> None:
+    store = make(gmm, tmp_path, 0, 32, 16)
+    with pytest.raises(ValueError, match="the rows have no column 'prompt' to make clusters of"):
+        measure.measure(gmm, METRICS, 0, 32, store, cluster="prompt")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [("label", "group_by=label needs labels"), (64, None), (2, None)],
+)
+def test_a_study_refuses_clusters_that_it_cannot_have(
+    make_study: Callable[..., Any], cluster: str | int, message: str | None
+) -> None:
+    study = make_study(group_by=cluster)
+    if message is None:
+        study.trial(0, Proposal({}))
+        return
+    with pytest.raises(ValueError, match=message):
+        study.trial(0, Proposal({}))
+
+
+def test_one_sample_makes_no_clusters(make_study: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="group_by=4 makes one cluster of all 1 samples"):
+        make_study(group_by=4, num_samples=1).trial(0, Proposal({}))
+
+
+def test_reference_data_is_scored_once_for_all_metrics_and_models_that_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, scored = Store(tmp_path), []
+    original = run.score
+    monkeypatch.setattr(run, "score", lambda *given: scored.append(given[0]["name"]) or original(*given))
+    recipes = [
+        Recipe(model, "euler", "uniform", "none", "single").completed()  # type: ignore[arg-type]
+        for model in ("digits", "digits_flow")
+    ]
+    for recipe in recipes:
+        for name in ("frechet", "kid", "prdc", "memorisation"):
+            assert measure.reference(recipe, metric_registry.complete(name), store) is not None
+    assert scored == ["classifier"]
+
+
+def test_a_metric_reads_columns_that_a_strategy_wrote(gmm: Recipe, tmp_path: Path) -> None:
+    watched = gmm.override({"strategy": {"name": "variance_filter", "n": 1}})
+    metric = metric_registry.complete({"name": "hallucination", "threshold": 0.0})
+    store = make(watched, tmp_path, 0, 32, 16, [metric])
+    values, errors = measure.measure(watched, [metric], 0, 32, store)
+    h = np.concatenate([rows.to_numpy(t["trajectory_variance"]) for t in store.read("rows", watched.key, 0, 32)])
+    assert values == {"quality/trajectory_variance": pytest.approx(h.mean()), "quality/hallucination": 1.0}
+    assert errors["quality/trajectory_variance"] == pytest.approx(h.std(ddof=1) / math.sqrt(32))
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("hallucination", "Use strategy=variance_filter, with strategy.n=1"),
+        ({"name": "conditional_diversity", "features": "identity"}, "groups by label, but this study has none"),
+    ],
+)
+def test_a_metric_that_the_recipe_cannot_serve_is_refused_before_any_work(
+    make_study: Callable[..., Any], metric: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_study(metrics=[metric]).trial(0, Proposal({}))

@@ -25,7 +25,9 @@ class Draws:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: dict[str, np.ndarray] = {}
 
-        def influences(recipe: Any, spec: Any, name: str, first: int, stop: int, store: Any) -> Any:
+        def influences(
+            recipe: Any, spec: Any, name: str, first: int, stop: int, store: Any, cluster: Any = None
+        ) -> Any:
             part = self.rows[recipe][first:stop]
             return float(part.mean()), part - part.mean()
 

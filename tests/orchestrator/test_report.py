@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dashboards.report import build
+from dashboards.report.findings import findings
 from dashboards.report.view import Row
 from orchestrator.results import Results
+from orchestrator.store import Store
 
 Solvus = Callable[..., Any]
 EVIL = "<script>alert('x')</script><img src=http://evil.example/a.png>"
@@ -244,3 +246,22 @@ def test_a_report_of_strategies_says_at_which_cost_and_draws_what_candidates_buy
     assert "Costs differ:" in page and "against 0 reward calls" in page
     assert "pass@k" in page and "Best split of 16 evaluations: best of" in page
     assert "best of k follows" in page
+
+
+def test_the_best_is_compared_with_all_others_after_a_correction_for_their_number(tmp_path: Path) -> None:
+    def row(key: str, value: float, error: float) -> Row:
+        recipe = {"solver": {"name": key, "preset": "x"}, "times": {"name": "uniform"}, "strategy": {"name": "single"}}
+        return Row(
+            {"recipe": json.dumps(recipe), "key": key, "first_index": 0, "num_samples": 64, "nfe": 4,
+             "state": "complete", "part": "", "value/quality/frechet": value, "se/quality/frechet": error}
+        )  # fmt: skip
+
+    table = [row("euler", 1.0, 0.1), row("ddim", 1.32, 0.1), row("heun", 3.0, 0.1)]
+    config = {"metrics": [{"name": "frechet", "features": "identity"}]}
+    (line,) = findings(table, ["quality/frechet"], {"quality/frechet": "lower"}, Store(tmp_path), config)
+    # 1.32 is 2.26 standard errors away: p = 0.024, and Holm multiplies the larger of two p-values by 1.
+    assert "Of 2 others, 2 differ from it at the 5 % level (Holm's correction)" in line
+    table.append(row("dpmpp_2m", 1.29, 0.1))  # p = 0.040; now 0.024 is multiplied by 2 and stays, 0.040 by 1
+    table.append(row("unified", 1.3, 0.1))  # p = 0.034; now 0.024 is multiplied by 3, which none of the three passes
+    (line,) = findings(table, ["quality/frechet"], {"quality/frechet": "lower"}, Store(tmp_path), config)
+    assert "Of 4 others, 1 differ" in line

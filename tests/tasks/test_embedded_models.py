@@ -33,7 +33,7 @@ def distance(model: str, solver: str, times: str, nfe: int, count: int) -> tuple
     right = score({"name": "class_correct"}, columns["x0"], columns["label"], 0, 256, "cpu")
     m, r = Moments.of(features), reference()
     value = frechet_distance(m.mean, m.covariance, r.mean, r.covariance)
-    effects = frechet_influence(features, m.mean, m.covariance, r.mean, r.covariance)
+    effects = frechet_influence(features, m, r.mean, r.covariance)
     return value, float(effects.std() / np.sqrt(count)), float(right.mean())
 
 

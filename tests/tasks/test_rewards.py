@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import tiny_weights
 import torch
 from PIL import Image
 
@@ -102,7 +103,7 @@ def test_weighted_refuses_what_it_cannot_sum(fields, message):
 
 @pytest.mark.parametrize("name", [n for n in registry.rewards.names() if n != "log_likelihood"])
 def test_a_reward_says_truly_whether_it_passes_gradients(name):
-    made = registry.rewards.build(name)
+    made = build(name, **tiny_weights.fields("reward", name))
     reward = made.at(torch.arange(6)) if hasattr(made, "at") else made
     x = (0.5 * IMAGES).clone().requires_grad_()
     values = reward(x, torch.arange(6))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny_weights
 import torch
 
 from tasks import registry, run
@@ -373,18 +374,26 @@ def test_a_missing_device_is_refused(monkeypatch):
 # --- score -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*registry.rewards.names(), *registry.features.names()])
-def test_scores_do_not_depend_on_how_the_range_is_split(name):
+SCORERS = [
+    *(("reward", name) for name in registry.rewards.names()),
+    # An Inception network takes a second for a batch; test_inception.py asks it about one picture.
+    *(("features", name) for name in registry.features.names() if not name.startswith("inception")),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), SCORERS, ids=[name for _, name in SCORERS])
+def test_scores_do_not_depend_on_how_the_range_is_split(kind, name):
+    spec = {"name": name} | tiny_weights.fields(kind, name)
     rng = np.random.default_rng(0)
     samples = rng.uniform(-1, 1, (40, 1, 8, 8)).astype(np.float32)
     labels = np.arange(40) % 10
-    others = rng.uniform(-1, 1, samples.shape) if hasattr(registry.scorer({"name": name}), "companion") else None
-    whole = score({"name": name}, samples, labels, 5, 16, "cpu", others)
+    others = rng.uniform(-1, 1, samples.shape) if hasattr(registry.scorer(spec), "companion") else None
+    whole = score(spec, samples, labels, 5, 16, "cpu", others)
     assert len(whole) == 40
     assert whole.dtype == np.float32
     for edges in ([0, 11, 27, 40], [0, 1, 12, 39, 40]):
         pieces = [
-            score({"name": name}, samples[a:b], labels[a:b], 5 + a, 16, "cpu", None if others is None else others[a:b])
+            score(spec, samples[a:b], labels[a:b], 5 + a, 16, "cpu", None if others is None else others[a:b])
             for a, b in zip(edges, edges[1:], strict=False)
         ]
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
@@ -394,10 +403,11 @@ def test_scores_are_those_of_the_scorer_itself():
     rng = np.random.default_rng(0)
     samples, labels = rng.uniform(-1, 1, (20, 1, 8, 8)).astype(np.float32), np.arange(20) % 10
     for name in registry.rewards.names():
-        reward = registry.rewards.build(name)
+        spec = {"name": name} | tiny_weights.fields("reward", name)
+        reward = registry.rewards.build(spec)
         scorer = reward.at(torch.arange(3, 23)) if hasattr(reward, "at") else reward
         direct = scorer(torch.from_numpy(samples), torch.from_numpy(labels))
-        np.testing.assert_allclose(score({"name": name}, samples, labels, 3, 16, "cpu"), direct, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(score(spec, samples, labels, 3, 16, "cpu"), direct, rtol=1e-5, atol=1e-6)
 
 
 def test_the_identity_keeps_tokens():

@@ -1,0 +1,63 @@
+"""CLIPScore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tasks import clip_tower
+from tasks.pictures import Preparation, check_picture
+from tasks.pretrained import Source
+from tasks.prompted import Prompted
+from tasks.registry import rewards
+
+SOURCE = Source(
+    "reward clip_score",
+    "clip-vit-large-patch14",
+    "openai/clip-vit-large-patch14 from the Hugging Face hub (config.json, model.safetensors and the tokenizer)",
+)
+
+
+@rewards.register("clip_score")
+@dataclass(frozen=True)
+class CLIPScore(Prompted):
+    """``100 max(0, cos)`` of the CLIP embeddings of a picture and its prompt.
+
+    Values depend on which CLIP it is: report the model with them. Prompts are cut after 77 tokens. Pictures are resized
+    bicubically on the shorter side and cropped in the middle.
+
+    Args:
+        path: folder with a CLIP model in transformers' format, or a hub id; empty looks below $SOLVUS_WEIGHTS.
+        pinned: commit of the hub id.
+        prompts: row i has prompt i, over again after the last.
+
+    Reference: Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning", with a weight
+        of 100 in place of 2.5.
+    Cost: one picture through the vision tower; every prompt once.
+    """
+
+    path: str = ""
+    pinned: str = ""
+    prompts: tuple[str, ...] = ()
+
+    needs_labels = False
+    differentiable = True
+
+    @property
+    def revision(self) -> str:
+        """Hash of the weights."""
+        return SOURCE.revision(self.path, self.pinned)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Pictures, prompts, and the weights at hand."""
+        check_picture(shape, "clip_score")
+        self.check_prompts()
+        SOURCE.find(self.path, self.pinned)
+
+    def score(self, samples: Tensor, prompts: list[str]) -> Tensor:
+        """(B,)."""
+        place = SOURCE.find(self.path, self.pinned)
+        tower = clip_tower.load(str(place), self.revision, str(samples.device))
+        pixels = Preparation(tower.size)(samples)
+        return 100.0 * tower.cosine(pixels, prompts).clamp(min=0)
