@@ -8,15 +8,9 @@ from typing import Any
 
 import numpy as np
 
-<<<<<<< HEAD
-from tasks.moments import Moments, frechet_distance, frechet_influence
-from tasks.registry import Spec, features, metrics
-from tasks.types import Rows, sample_shape
-=======
 from tasks.moments import Moments, frechet_distance, frechet_influence, reference_moments
 from tasks.registry import Spec, column, features, metrics
-from tasks.types import Rows
->>>>>>> w-metrics
+from tasks.types import Rows, sample_shape
 
 
 @metrics.register("frechet")

@@ -32,16 +32,12 @@ def rows_of(count, seed=0):
         "class_correct": (rng.random(count) < 0.8).astype(np.float32),
         "classifier": rng.normal(2.0, 1.0, (count, DIM)).astype(np.float32),
         "identity": rng.normal(1.0, 1.0, (count, DIM)).astype(np.float32),
-<<<<<<< HEAD
         "label": np.arange(count) % 10,
         "tokens": rng.binomial(30, rng.uniform(0.1, 0.9, (count, 1)), (count, 16)).astype(np.float32),
         "token_log_prob": rng.normal(-80.0, 9.0, count).astype(np.float32),
-=======
-        "label": np.arange(count) % 3,
         "half": np.arange(count) % 2,
         "classifier_logits": rng.normal(0.0, 1.0, (count, DIM)).astype(np.float32),
         "trajectory_variance": rng.exponential(0.1, count),
->>>>>>> w-metrics
         "trajectory_distance": rng.exponential(0.1, (count, 1)).astype(np.float32),
     }
 
@@ -90,14 +86,12 @@ SPECS = [
     {"name": "cost"},
     {"name": "total_variation"},
     {"name": "trajectory"},
-<<<<<<< HEAD
     {"name": "perplexity"},
     {"name": "token_entropy"},
     {"name": "distinct_n"},
     {"name": "distinct_n", "n": 3},
     {"name": "pass_at_k", "k": 1},
     {"name": "pass_at_k"},
-=======
     {"name": "frechet_infinity", "features": "identity"},
     {"name": "cmmd", "features": "identity"},
     {"name": "prdc", "features": {"name": "identity"}, "k": 3},
@@ -107,7 +101,6 @@ SPECS = [
     {"name": "conditional_diversity", "features": "identity", "by": "half", "relative": False},
     {"name": "hallucination"},
     {"name": "hallucination", "threshold": 0.1},
->>>>>>> w-metrics
 ]
 EVERY = pytest.mark.parametrize("spec", SPECS, ids=lambda s: "-".join(str(v) for v in s.values()))
 ROWS, TOKENS = rows_of(120), tokens_of(120, np.full(8, 1 / 8))
