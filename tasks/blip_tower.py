@@ -40,7 +40,7 @@ def load_image_reward(place: str, revision: str, weights: str, size: int, device
 
     folder = Path(place)
     config = BlipConfig.from_pretrained(folder, local_files_only=True)
-    config.vision_config.image_size = size
+    config.vision_config.image_size = size  # type: ignore[union-attr]
     state = read_state(folder / weights)
     network = ImageText(config, LinearHead.of(state, "mlp.layers."))
     fill(network, from_image_reward(state), folder / weights)

@@ -56,7 +56,7 @@ class CLIP:
         """Length of the embedding."""
         from transformers import CLIPConfig
 
-        return CLIPConfig.from_pretrained(SOURCE.find(self.path, self.pinned)).projection_dim
+        return int(CLIPConfig.from_pretrained(SOURCE.find(self.path, self.pinned)).projection_dim or 0)
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
         """(B, D)."""

@@ -12,7 +12,7 @@ import numpy as np
 from tasks.moments import Moments, frechet_distance, frechet_influence, reference_moments
 from tasks.parts import part_of
 from tasks.registry import Spec, column, features, metrics
-from tasks.types import Rows
+from tasks.types import Rows, sample_shape
 
 NAME = "quality/frechet_infinity"
 
@@ -65,7 +65,7 @@ class FrechetInfinity:
 
     def check(self, model: Any, num_samples: int) -> None:
         """More rows than features in every group: below, the distance is no line in 1/n."""
-        dim = features.build(self.features).dim(model.shape)
+        dim = features.build(self.features).dim(sample_shape(model))
         if num_samples // self.groups <= dim:
             raise ValueError(
                 f"frechet_infinity is rank-deficient: {num_samples // self.groups} rows in each of {self.groups} "

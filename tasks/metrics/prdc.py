@@ -20,7 +20,7 @@ NAMES = ("precision", "recall", "density", "coverage")
 @metrics.register("prdc")
 @dataclass(frozen=True)
 class PRDC:
-    """Precision, recall, density and coverage: are samples among the data, and is the data among the samples?
+    """Precision, recall, density and coverage: whether samples lie among the data, and the data among the samples.
 
     Around every point lies a ball that reaches to its k-th nearest other point of the same set. Precision: samples in
     some ball of the data. Recall: data in some ball of the samples. Density: balls of the data that hold a sample, over

@@ -32,7 +32,7 @@ def rows_of(count, seed=0):
         "class_correct": (rng.random(count) < 0.8).astype(np.float32),
         "classifier": rng.normal(2.0, 1.0, (count, DIM)).astype(np.float32),
         "identity": rng.normal(1.0, 1.0, (count, DIM)).astype(np.float32),
-        "label": np.arange(count) % 10,
+        "label": np.arange(count) % 3,
         "tokens": rng.binomial(30, rng.uniform(0.1, 0.9, (count, 1)), (count, 16)).astype(np.float32),
         "token_log_prob": rng.normal(-80.0, 9.0, count).astype(np.float32),
         "half": np.arange(count) % 2,
