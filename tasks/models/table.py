@@ -20,7 +20,7 @@ class Table:
     """Explicit joint table over V^L token strings; the masked posterior is exact.
 
     ``p(x_0^l = v | x_t)`` is the share of probability, among the strings that agree with every unmasked token, of those
-    with v at position l.
+    with v at position l. The loaded model also gives the log-probability of whole strings, ``energy_log_prob``.
 
     Args:
         vocabulary: number of tokens V.
@@ -41,6 +41,8 @@ class Table:
     kind = "tokens"
     num_classes = 0
     revision = "exact"
+    gives = ("posterior_mean", "energy_log_prob")
+    ignores_time = True
 
     def __post_init__(self) -> None:
         if self.vocabulary < 2 or self.length < 1 or self.vocabulary**self.length > 100_000:
@@ -104,6 +106,11 @@ class TableDenoiser:
         weight = agree.all(-1).double() * self._joint  # (B, S)
         weight = weight / weight.sum(-1, keepdim=True)
         return torch.einsum("bs,slv->blv", weight, self._one_hot)
+
+    def energy_log_prob(self, tokens: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Log-probability of full strings, (B, L) int64 -> (B,) float64; -inf where the table has 0."""
+        place = self.process.vocabulary ** torch.arange(self.shape[0] - 1, -1, -1, device=tokens.device)
+        return torch.log(self._joint[(tokens * place).sum(1)])
 
     def decode(self, x0: Tensor, cond: Tensor | None = None) -> Tensor:
         """The tokens themselves."""
