@@ -85,7 +85,8 @@ class EDLM:
     def check_recipe(self, recipe: Any) -> None:
         """A model that knows the probability of whole strings."""
         if "energy_log_prob" not in getattr(recipe.parts.model, "gives", ()):
-            fitting = [n for n in models.names() if "energy_log_prob" in getattr(models.get(n), "gives", ())]
+            gives = {n: getattr(models.get(n), "gives", ()) for n in models.names()}
+            fitting = [n for n, given in gives.items() if isinstance(given, tuple) and "energy_log_prob" in given]
             raise ValueError(
                 f"solver edlm needs a model that gives the log-probability of whole strings, but model "
                 f"{recipe.model['name']} does not. Models that fit: {', '.join(fitting)}."

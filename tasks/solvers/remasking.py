@@ -25,11 +25,11 @@ class Remasking:
     revised. The last step masks nothing.
 
     With ``confident`` a token is masked with probability ``varsigma softmax(-psi)`` over the row's revealed tokens,
-    psi the probability that it had when it was revealed: about one token as often as each would be else. Masks are then
-    revealed with the row's mean of these, so that their number stays on schedule; the law of the tokens is biased
-    towards confident ones. With ``loop`` the grid has three parts: above ``t_on`` the signal rises to ``alpha_on``
-    without remasking, down to ``t_off`` it stands still while tokens are masked and revealed, and below it rises to 1,
-    again without remasking.
+    psi the probability that it had when it was revealed: in all one token as often as each would be else. Masks are
+    then revealed with the row's mean of these, so that their number stays on schedule in long strings; the law of the
+    tokens is biased towards confident ones. With ``loop`` the grid has three parts: above ``t_on`` the signal rises to
+    ``alpha_on`` without remasking, down to ``t_off`` it stands still while tokens are masked and revealed, and below it
+    rises to 1, again without remasking.
 
     Without ``confident`` the single-token marginals are kept for every varsigma; the joint law is exact as steps get
     many and varsigma small, as tokens of one step are drawn independently.
