@@ -37,7 +37,9 @@ class LSD:
     Deviations from the paper: least squares in closed form and dynamic programming instead of gradient descent; student
     and teacher start every step from the same state (no relaxed start, which gradient descent needs). Where the model
     ignores the time a scalar cannot change which token is drawn, only how many are: the distilled sampler approaches
-    few-step ancestral sampling on the best grid, not the exact law.
+    few-step ancestral sampling on the best grid, not the exact law. Total variation at 4 steps on the tests' table:
+    tau-leaping .178, LSD .170, ancestral .170; its best grid is the uniform one, and LSD+ gains nothing. On strings of
+    nearly always equal tokens, where the first ones matter most, LSD+ is far ahead (tests/tasks/test_lsd.py).
 
     Args:
         learn: both (LSD+), coefficients (LSD, on the recipe's times) or nothing (tau-leaping).

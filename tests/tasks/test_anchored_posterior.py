@@ -102,6 +102,9 @@ def test_it_runs_as_a_recipe_and_counts_its_calls():
     assert (rows["nfe"] == 3).all()
     assert (rows["reward_calls"] == 3 * (10 + 1 + 5) + 1).all()
     assert made.account.reward_calls <= rows["reward_calls"][0]
+    capped = recipe(strategy={"name": "anchored_posterior", "inner_steps": 10, "budget": {"reward_calls": 48}})
+    with pytest.raises(ValueError, match="makes 49 reward calls a sample, above strategy.budget.reward_calls=48"):
+        capped.check()
     assert ((rows["x0"] >= 0) & (rows["x0"] < 3)).all()
 
 
