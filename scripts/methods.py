@@ -9,7 +9,19 @@ from pathlib import Path
 from tasks import registry
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
-KINDS = ("model", "solver", "hook", "times", "initial", "guidance", "strategy", "reward", "features", "metric")
+KINDS = (
+    "model",
+    "solver",
+    "hook",
+    "filter",
+    "times",
+    "initial",
+    "guidance",
+    "strategy",
+    "reward",
+    "features",
+    "metric",
+)
 
 
 def page() -> str:

@@ -23,8 +23,8 @@ class Account:
         reward_calls: calls of the reward.
         decodes: calls of the decoder before a reward.
         gradients: backward passes through the network.
-        exact: False where the strategy decides as it goes, and the numbers are upper bounds; or where the solver does,
-            and ``nfe`` is a lower one.
+        exact: False where the strategy decides as it goes, or the solver saves evaluations, and the numbers are upper
+            bounds; or where the solver chooses its steps, and ``nfe`` is a lower one.
     """
 
     nfe: int

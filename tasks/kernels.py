@@ -215,7 +215,9 @@ def check_asks_once(recipe: Any) -> None:
         ValueError: names the solvers that fit.
     """
     if not getattr(recipe.parts.solver, "asks_once", False):
-        fitting = [n for n in registry.solvers.names() if getattr(registry.solvers.get(n), "asks_once", False)]
+        kind, known = recipe.parts.model.noising.kind, registry.solvers
+        of_kind = [n for n in known.names() if hasattr(known.get(n), "asks_once") and known.build(n).process == kind]
+        fitting = [n for n in of_kind if known.build(n).asks_once]
         raise ValueError(
             f"strategy {recipe.strategy['name']} scores a particle by its own prediction and gives it to the step, but "
             f"a step of solver {recipe.solver['name']} is more than one evaluation at its state. Solvers that fit: "

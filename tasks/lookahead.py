@@ -76,7 +76,7 @@ def refuse_other_solvers(recipe: Any, allow_memory: bool = True) -> None:
         ValueError: says what is wrong and what fits.
     """
     solver, name = recipe.parts.solver, recipe.strategy["name"]
-    several = solver.nfe(3) != 3 or getattr(solver, "adaptive", False)
+    several = solver.nfe(3) != 3 or getattr(solver, "adaptive", False) or getattr(solver, "own_pace", False)
     if several or getattr(solver, "needs", "posterior_mean") != "posterior_mean":
         raise ValueError(
             f"strategy {name} reuses the prediction of every state, which needs one evaluation of the posterior mean a "

@@ -364,11 +364,12 @@ class Recipe:
     def account(self) -> Account:
         """What one sample is planned to cost.
 
-        Where it is not exact, the numbers are upper bounds of a strategy that decides as it goes, or the lower bound of
-        a solver that chooses its own steps; the rows know what they cost.
+        Where it is not exact, the numbers are upper bounds of a strategy that decides as it goes or of a solver that
+        saves evaluations, or the lower bound of a solver that chooses its own steps; the rows know what they cost.
         """
-        found = self.parts.strategy.account(self.evaluations)
-        return replace(found, exact=False) if getattr(self.parts.solver, "adaptive", False) else found
+        found, solver = self.parts.strategy.account(self.evaluations), self.parts.solver
+        decides = getattr(solver, "adaptive", False) or getattr(solver, "saves", False)
+        return replace(found, exact=False) if decides else found
 
     @property
     def nfe(self) -> int:
@@ -467,6 +468,7 @@ _GIVES = {
     "posterior_mean": "posterior mean",
     "flow_end": "trajectory's end (a consistency model)",
     "flow_map": "flow map",
+    "energy_log_prob": "log-probability of whole strings",
 }
 
 

@@ -173,6 +173,7 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
 models = Registry("model", "tasks.models")
 solvers = Registry("solver", "tasks.solvers")
 hooks = Registry("hook", "tasks.hooks")
+filters = Registry("filter", "tasks.filters")
 times = Registry("times", "tasks.times")
 initials = Registry("initial", "tasks.initial")
 guidance = Registry("guidance", "tasks.guidance")
@@ -185,6 +186,7 @@ ALL: dict[str, Registry] = {
     "model": models,
     "solver": solvers,
     "hook": hooks,
+    "filter": filters,
     "times": times,
     "initial": initials,
     "guidance": guidance,

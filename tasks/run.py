@@ -84,8 +84,9 @@ def generate(
     Returns:
         columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``decodes``
         (before rewards), ``seconds`` (of the device: the share of its batch, by evaluations), ``x0`` (decoded,
-        (B, *shape)), the strategy's own, and, where steps leave out blocks of the network, ``work``. A strategy that
-        decides as it goes gives the first three for each row.
+        (B, *shape)), the strategy's own; where steps leave out blocks of the network, ``work``; where the solver asks
+        for log-probabilities of whole token strings, ``energy_calls``. A strategy that decides as it goes gives the
+        first three for each row; where the solver does, ``nfe`` is the mean of the batch, rounded up.
 
     Raises:
         ValueError: a sample that is not finite, with its index.
@@ -137,7 +138,7 @@ def generate(
         columns: dict[str, np.ndarray] = {
             "sample_id": np.arange(low, high, dtype=np.int64),
             "label": np.where(recipe.has_labels, labels[keep].cpu().numpy(), -1).astype(np.int64),
-            "nfe": np.full(count, counted.rows // size, dtype=np.int32),
+            "nfe": np.full(count, -(-counted.rows // size), dtype=np.int32),
             "reward_calls": np.full(count, 0 if reward is None else reward.rows // size, dtype=np.int32),
             "decodes": np.full(count, counted.decoded // size, dtype=np.int32),
             "seconds": _shares(elapsed, size, result.columns.get("nfe"))[keep],
@@ -145,6 +146,8 @@ def generate(
         }
         if counted.work != counted.rows:
             columns["work"] = np.full(count, counted.work / size, dtype=np.float64)
+        if counted.energies:
+            columns["energy_calls"] = np.full(count, counted.energies // size, dtype=np.int32)
         columns |= {name: value[keep].cpu().numpy() for name, value in result.columns.items()}
         if resume is not None and states is not None:
             states.reused += resume.reused * count

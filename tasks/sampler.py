@@ -22,11 +22,12 @@ class CountedModel:
         rows: evaluations so far.
         work: the same with each evaluation weighted by the share of the network's multiply-adds that it takes: less
             than ``rows`` where steps leave out blocks.
+        energies: token strings whose log-probability was asked for, each a pass of a second network or a look-up.
     """
 
     def __init__(self, model: Model, max_rows: int) -> None:
         self._model, self.max_rows, self._share = model, max_rows, 1.0
-        self.rows, self.decoded, self.work = 0, 0, 0.0
+        self.rows, self.decoded, self.energies, self.work = 0, 0, 0, 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -59,11 +60,21 @@ class CountedModel:
         """The model's flow map for any number of rows; an evaluation like any other."""
         return self._call(self._model.flow_map, x, (t, s), cond)  # type: ignore[attr-defined]
 
+    def energy_log_prob(self, tokens: Tensor, cond: Tensor | None) -> Tensor:
+        """Log-probability of full token strings, (N, L) int64 -> (N,) float64; counted in ``energies``."""
+        self.energies += len(tokens)
+        return self._split(self._model.energy_log_prob, tokens, (), cond)  # type: ignore[attr-defined]
+
     def _call(
         self, function: Callable[..., Tensor], x: Tensor, times: tuple[float | Tensor, ...], cond: Tensor | None
     ) -> Tensor:
         self.rows += len(x)
         self.work += len(x) * self._share
+        return self._split(function, x, times, cond)
+
+    def _split(
+        self, function: Callable[..., Tensor], x: Tensor, times: tuple[float | Tensor, ...], cond: Tensor | None
+    ) -> Tensor:
         if len(x) <= self.max_rows:
             return function(x, *times, cond)
         places = [slice(i, i + self.max_rows) for i in range(0, len(x), self.max_rows)]
@@ -147,6 +158,16 @@ class _Conditioned:
 
     def denoise(self, x: Tensor, t: float | Tensor) -> Tensor:
         return self.model.denoise(x, t, self.cond)
+
+    def select(self, index: Tensor) -> _Conditioned:
+        return _Conditioned(self.model, reindex(self.cond, index))
+
+    def energy_log_prob(self, tokens: Tensor) -> Tensor:
+        """Log-probabilities of K full strings of each row, rows outermost: (B K, L) -> (B K,)."""
+        cond = self.cond
+        if cond is not None:
+            cond = cond.repeat_interleave(len(tokens) // len(cond))
+        return self.model.energy_log_prob(tokens, cond)  # type: ignore[attr-defined]
 
     def skipping(self, mask: int) -> AbstractContextManager[Any]:
         return self.model.skipping(mask)  # type: ignore[attr-defined]

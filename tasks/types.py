@@ -50,11 +50,17 @@ class Model(Protocol):
 
 
 class Conditioned(Protocol):
-    """A model with its conditions already given: what a solver sees."""
+    """A model with its conditions already given: what a solver sees.
+
+    ``select`` is the same for some of the rows. A token model that gives ``energy_log_prob`` knows the log-probability
+    of full strings, K of each row, rows outermost: (B K, L) int64 -> (B K,) float64.
+    """
 
     process: Any
 
     def denoise(self, x: Tensor, t: float | Tensor) -> Tensor: ...
+    def select(self, index: Tensor) -> Conditioned: ...
+    def energy_log_prob(self, tokens: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)

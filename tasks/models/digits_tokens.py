@@ -37,6 +37,8 @@ class DigitsTokens:
 
     path: str | None = None
 
+    gives = ("posterior_mean", "energy_log_prob")
+    ignores_time = True
     kind = "image"
 
     def __post_init__(self) -> None:

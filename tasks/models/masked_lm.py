@@ -45,6 +45,7 @@ class MaskedLM:
     revision: str | None = None
     length: int = 32
 
+    ignores_time = True
     kind = "tokens"
     num_classes = 0
 

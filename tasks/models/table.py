@@ -21,7 +21,7 @@ class Table:
     """Explicit joint table over V^L token strings; the masked posterior is exact.
 
     ``p(x_0^l = v | x_t)`` is the share of probability, among the strings that agree with every unmasked token, of those
-    with v at position l.
+    with v at position l. The loaded model also gives the log-probability of whole strings, ``energy_log_prob``.
 
     Args:
         vocabulary: number of tokens V.
@@ -42,6 +42,8 @@ class Table:
     kind = "tokens"
     num_classes = 0
     revision = "exact"
+    gives = ("posterior_mean", "energy_log_prob")
+    ignores_time = True
 
     def __post_init__(self) -> None:
         if self.vocabulary < 2 or self.length < 1 or self.vocabulary**self.length > 100_000:

@@ -149,6 +149,7 @@ MEMBERS = {
     "solver": ("process", "order", "stochastic", "step", "nfe", "fit"),
     "times": ("num_steps", "__call__"),
     "hook": ("begin",),
+    "filter": ("truncates", "__call__"),
     "initial": ("evaluations", "start", "__call__"),
     "guidance": ("evaluations", "needs_labels", "wrap"),
     "strategy": ("particles", "uses_reward", "branches", "__call__"),

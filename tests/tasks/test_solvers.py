@@ -49,6 +49,7 @@ def steps(name):
 OWN = [spec for spec in OWN if steps(spec["name"])]
 # Settings whose order shows cleanly on these ranges; the others are measured in the solvers' own tests.
 CLEAN = {"dpm_solver_v3": {"statistics": "data", "max_order": 2, "corrector": False}, "ghvb": {"max_order": 2}}
+CLEAN |= {"lsd": {"learn": "nothing"}}
 OWN = [spec | CLEAN.get(spec["name"], {}) for spec in OWN]
 GAUSSIAN = [spec for spec in OWN if registry.solvers.get(spec["name"]).process == "gaussian"]
 DETERMINISTIC = [spec for spec in GAUSSIAN if not registry.solvers.build(spec).stochastic]
@@ -61,7 +62,15 @@ VARIANTS = [
     {"name": "dpmpp_2m", "lower_order_final": True},
     {"name": "unified", "preset": "unipc"},
     {"name": "unified", "preset": "dpm_solver_3"},
+    {"name": "ancestral", "cache": True},
+    {"name": "ancestral", "gumbel": "float32"},
+    {"name": "confidence", "confidence": "margin", "gumbel": 1.0, "quota": "linear"},
+    {"name": "edlm", "k": 4, "window_low": 0.0, "window_high": 1.0},
+    {"name": "remasking", "eta": 0.5, "confident": True},
+    {"name": "remasking", "eta": 0.5, "schedule": "rescale", "loop": True},
 ]
+TOKENS = [spec for spec in VARIANTS if registry.solvers.get(spec["name"]).process == "masked"]
+EVERY_TOKENS = pytest.mark.parametrize("spec", TOKENS, ids=lambda spec: named(spec))
 WRAPPED = [{"name": "diffusers", "scheduler": name, "config": config} for name, config in STOCK.items()]
 
 
@@ -166,7 +175,7 @@ def test_second_order_beats_first_order(process, exact):
 
 def test_every_gaussian_solver_of_ours_is_measured():
     covered = {spec["name"] for spec in FIXED}
-    rest = {"ancestral", "diffusers"}  # tokens; whatever the stock class is
+    rest = {"diffusers"} | {spec["name"] for spec in TOKENS}  # whatever the stock class is; tokens
     rest |= {"dopri5", "predictor_corrector", "flow_sde"}  # tests of their own: adaptive, and laws instead of paths
     rest |= {name for name in registry.solvers.names() if not steps(name)}
     assert covered == set(registry.solvers.names()) - rest
@@ -312,7 +321,7 @@ ENDS = [[1.0, 0.0], [1.0, 0.5, 0.0], [1.0, 0.999999, 1e-6, 0.0], [1.0, 0.9, 0.8,
 
 
 @pytest.mark.parametrize("process", [*PROCESSES, "cosine"])
-@pytest.mark.parametrize("spec", [v for v in VARIANTS if v["name"] != "ancestral"], ids=named)
+@pytest.mark.parametrize("spec", [v for v in VARIANTS if v not in TOKENS], ids=named)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_samples_are_finite_at_both_ends(spec, process, dtype):
     model = GMM(process="vp" if process == "cosine" else process).load("cpu")
@@ -327,9 +336,10 @@ def test_samples_are_finite_at_both_ends(spec, process, dtype):
     assert state.x.abs().max() < 4
 
 
+@EVERY_TOKENS
 @pytest.mark.parametrize("times", [[1.0, 0.0], [1.0, 0.5, 0.0], [1.0, 1e-9, 0.0], uniform(1.0, 0.0, 20)])
-def test_no_mask_is_left_at_the_end(times):
-    x = sampler_of({"name": "ancestral"}, times).run(noise_of(200)).x
+def test_no_mask_is_left_at_the_end(spec, times):
+    x = sampler_of(spec, times).run(noise_of(200)).x
     assert ((x >= 0) & (x < 2)).all()
 
 
@@ -480,15 +490,19 @@ def test_one_ancestral_step_draws_from_the_marginals():
     assert (np.abs(share - product) <= 5 * np.sqrt(product * (1 - product) / rows)).all()
 
 
-def test_unmasked_tokens_never_change_and_masks_only_fall():
-    sampler, noise = sampler_of({"name": "ancestral"}, uniform(1.0, 0.0, 12)), noise_of(300)
-    state, mask = sampler.start(noise), 2
+@EVERY_TOKENS
+def test_unmasked_tokens_never_change_unless_the_method_remasks(spec):
+    sampler, noise = sampler_of(spec, uniform(1.0, 0.0, 12)), noise_of(300)
+    state, mask, again = sampler.start(noise), 2, 0
     for _ in range(12):
         after = sampler.step(state, noise)
         fixed = state.x != mask
-        assert (after.x[fixed] == state.x[fixed]).all()
+        changed = fixed & (after.x != state.x)
+        assert (after.x[changed] == mask).all(), "a token becomes another only by way of the mask"
+        again += int(changed.sum())
         state = after
     assert (state.x != mask).all()
+    assert (again > 0) == getattr(sampler.solver, "remasks", False)
 
 
 def test_tokens_are_revealed_at_the_stated_rate():
@@ -499,8 +513,12 @@ def test_tokens_are_revealed_at_the_stated_rate():
     assert abs((x != 2).double().mean() - rate) < 5 * math.sqrt(rate * (1 - rate) / count)
 
 
-def test_a_prompt_of_fixed_tokens_is_respected():
-    sampler, noise = sampler_of({"name": "ancestral"}, uniform(1.0, 0.0, 8), model=DEPENDENT.load("cpu")), noise_of(50)
+@pytest.mark.parametrize("spec", [t for t in TOKENS if t["name"] != "remasking"], ids=named)
+def test_a_prompt_of_fixed_tokens_is_respected(spec):
+    sampler, noise = (
+        sampler_of(spec, uniform(1.0, 0.0, 8), model=Table(vocabulary=2, length=3).load("cpu")),
+        noise_of(50),
+    )
     start = sampler.start(noise)
     x = start.x.clone()
     x[:, 1] = 1
@@ -511,7 +529,8 @@ def test_a_prompt_of_fixed_tokens_is_respected():
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
-PREDICTABLE = [v for v in VARIANTS if not getattr(registry.solvers.build(v), "adaptive", False)]
+DECIDES = ("adaptive", "saves")
+PREDICTABLE = [v for v in VARIANTS if not any(getattr(registry.solvers.build(v), d, False) for d in DECIDES)]
 
 
 @pytest.mark.parametrize("spec", PREDICTABLE, ids=named)

@@ -145,7 +145,7 @@ def test_tokens_are_pulled_towards_the_reward_and_rows_do_not_depend_on_the_spli
 
 
 def test_solvers_that_cannot_use_a_prediction_are_refused():
-    with pytest.raises(ValueError, match="more than one evaluation at its state. Solvers that fit: ancestral, ddim"):
+    with pytest.raises(ValueError, match="more than one evaluation at its state. Solvers that fit: ddim"):
         recipe(solver={"name": "unified", "preset": "dpmpp_2m_sde"})
     with pytest.raises(ValueError, match="svdd copies particles, but ddim is deterministic"):
         recipe(solver="ddim")

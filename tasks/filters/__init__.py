@@ -1,0 +1,1 @@
+"""Filters of token probabilities: normalised log-probabilities (…, V) in, logits (…, V) out, -inf where removed."""
