@@ -24,6 +24,7 @@ from tasks.calibration import bound
 from tasks.noise import MAX_INDEX
 from tasks.recipe import Recipe, digest, grid_of
 from tasks.registry import Spec
+from tasks.types import sample_shape
 
 log = logging.getLogger("solvus")
 
@@ -114,7 +115,7 @@ class Study:
             plugin = registry.metrics.build(spec)
             for need in plugin.needs():
                 scorer = registry.scorer(need)
-                scorer.check(model.shape)
+                scorer.check(sample_shape(model))
                 if scorer.needs_labels and not recipe.has_labels:
                     raise ValueError(f"metric {spec['name']} needs labels, but this study has none. Leave it out.")
                 self._check_companion(recipe, spec["name"], need)

@@ -183,6 +183,7 @@ def _end(signum: int, frame: Any) -> None:
 def plan(args: Any) -> int:
     """``solvus plan``."""
     from orchestrator.store import Store
+    from tasks.types import sample_shape
 
     study = _study(args)
     if study is None:
@@ -193,7 +194,7 @@ def plan(args: Any) -> int:
     work = "" if total["work"] == total["nfe"] else f" (as much as {total['work']:,.0f} of the whole one)"
     raced = f"; at most, since {total['raced']:,} of the trials race and may stop early" if total["raced"] else ""
     workers = max(study.config["executor"].get("workers", 1), 1)
-    row_bytes = 400 + 5 * math.prod(study.recipe.parts.model.shape)
+    row_bytes = 400 + 5 * math.prod(sample_shape(study.recipe.parts.model))
     data = total | {
         "study": study.name,
         "device_s": round(seconds, 1),

@@ -121,6 +121,7 @@ def shard(args: Any) -> int:
     from orchestrator.store import Store
     from tasks.recipe import Recipe
     from tasks.run import generate
+    from tasks.types import sample_shape
 
     names = [item for item in args.overrides if "=" not in item]
     args.overrides = [item for item in args.overrides if "=" in item]
@@ -142,9 +143,9 @@ def shard(args: Any) -> int:
     seconds = time.perf_counter() - began
     equal: bool | None
     try:
-        shape = recipe.parts.model.shape
+        shape = sample_shape(recipe.parts.model)
         stored = np.concatenate([rows.samples(t, shape) for t in store.read("rows", key, start, stop)])
-        equal = bool(np.array_equal(stored, columns["x0"]))
+        equal = bool(np.array_equal(stored, rows.as_stored(columns["x0"], recipe.parts.model.kind)))
     except KeyError:
         equal = None
     data = {"key": key, "start": start, "stop": stop, "seconds": seconds, "equal_to_stored": equal, "recipe": spec}

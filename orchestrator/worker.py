@@ -20,9 +20,11 @@ from orchestrator import rows
 from orchestrator.plan import ARTIFACTS, Shard
 from orchestrator.states import StateCache
 from orchestrator.store import CorruptShard, Store
+from orchestrator.texts import EncodedTexts
 from tasks import calibration, run
 from tasks.recipe import Recipe
 from tasks.registry import Spec
+from tasks.types import sample_shape
 
 
 @lru_cache(maxsize=8)
@@ -100,6 +102,8 @@ def generate(shard: Shard) -> Made:
             states = StateCache(shard.root, shard.reuse_bytes) if shard.reuse_bytes else None
             if states is not None:
                 found["states"] = states
+            if hasattr(recipe.parts.model, "text_identity"):
+                found["texts"] = EncodedTexts(store)
             if SERVED:
                 found["served"] = SERVED[-1]
             columns = run.generate(recipe, shard.start, shard.stop, shard.isolated, **found)
@@ -111,7 +115,7 @@ def generate(shard: Shard) -> Made:
         cost["decodes"] = int(columns["decodes"].sum())
     else:
         table = pa.concat_tables(store.read("rows", recipe.key, shard.start, shard.stop))
-        columns = {"x0": rows.samples(table, recipe.parts.model.shape), "label": rows.to_numpy(table["label"])}
+        columns = {"x0": rows.samples(table, sample_shape(recipe.parts.model)), "label": rows.to_numpy(table["label"])}
     return {"columns": columns, "cost": cost}
 
 
@@ -201,7 +205,7 @@ def _companion(shard: Shard, recipe: Recipe, scorer: Spec, store: Store) -> np.n
         table = pa.concat_tables(store.read("rows", other.key, shard.start, shard.stop))
     except KeyError as error:  # another worker found them damaged and withdrew them
         raise CorruptShard(f"companions of shard {shard.name} are gone and will be made again: {error}") from None
-    return rows.samples(table, other.parts.model.shape)
+    return rows.samples(table, sample_shape(other.parts.model))
 
 
 def perform(shard: Shard) -> dict[str, Any]:

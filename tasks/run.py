@@ -18,6 +18,7 @@ import torch
 
 from tasks import calibration, registry
 from tasks.noise import MAX_INDEX, RowNoise
+from tasks.pipelines.texts import Kept
 from tasks.prefixes import Resume, States, keys
 from tasks.recipe import Recipe, canonical, grid_of
 from tasks.registry import Spec
@@ -66,6 +67,7 @@ def generate(
     artifacts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     states: States | None = None,
     served: Callable[[Spec], Callable[..., torch.Tensor]] | None = None,
+    texts: Kept | None = None,
 ) -> dict[str, np.ndarray]:
     """Make the rows [start, stop) of a recipe.
 
@@ -80,12 +82,13 @@ def generate(
         states: where trajectories that begin alike leave their states; each row is the same with and without.
         served: gives the reward of a spec where it is scored somewhere else; one whose gradient is taken, or that
             depends on the row, stays here.
+        texts: where encoded prompts are kept between processes.
 
     Returns:
         columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``decodes``
         (before rewards), ``seconds`` (of the device: the share of its batch, by evaluations), ``x0`` (decoded,
-        (B, *shape)), the strategy's own, and, where steps leave out blocks of the network, ``work``. A strategy that
-        decides as it goes gives the first three for each row.
+        (B, *sample_shape)), the strategy's and the model's own (prompt, prompt_id, group, …), and, where steps leave
+        out blocks of the network, ``work``. A strategy that decides as it goes gives the first three for each row.
 
     Raises:
         ValueError: a sample that is not finite, with its index.
@@ -97,6 +100,8 @@ def generate(
     parts = calibration.bound(recipe, calibration.make_all(recipe) if artifacts is None else artifacts)
     grid, stock_steps = grid_of(parts)
     base = load_model(recipe)
+    if texts is not None and hasattr(base, "remember"):
+        base.remember(texts)
     size = rows_per_block(recipe)
     prefixes = () if states is None or isolated else keys(recipe)
     scorer = parts.reward
@@ -145,6 +150,8 @@ def generate(
         }
         if counted.work != counted.rows:
             columns["work"] = np.full(count, counted.work / size, dtype=np.float64)
+        if hasattr(base, "columns"):
+            columns |= base.columns(columns["label"])
         columns |= {name: value[keep].cpu().numpy() for name, value in result.columns.items()}
         if resume is not None and states is not None:
             states.reused += resume.reused * count

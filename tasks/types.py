@@ -138,6 +138,11 @@ class Scorer(Protocol):
 Rows = Mapping[str, np.ndarray]
 
 
+def sample_shape(model: Any) -> tuple[int, ...]:
+    """The shape of a decoded sample: a model whose states are latents has a ``sample_shape`` beside its ``shape``."""
+    return tuple(getattr(model, "sample_shape", model.shape))
+
+
 class Metric(Protocol):
     """Folds rows into a few numbers. Merging is associative, so shards just add up.
 

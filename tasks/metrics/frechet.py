@@ -10,7 +10,7 @@ import numpy as np
 
 from tasks.moments import Moments, frechet_distance, frechet_influence
 from tasks.registry import Spec, features, metrics
-from tasks.types import Rows
+from tasks.types import Rows, sample_shape
 
 
 @metrics.register("frechet")
@@ -36,7 +36,7 @@ class Frechet:
 
     def check(self, model: Any, num_samples: int) -> None:
         """More rows than features, else the covariance is rank-deficient."""
-        dim = features.build(self.features).dim(model.shape)
+        dim = features.build(self.features).dim(sample_shape(model))
         if num_samples <= dim:
             raise ValueError(
                 f"frechet is rank-deficient: {num_samples} rows for {dim} features. Raise num_samples above {dim} or "

@@ -13,7 +13,7 @@ from tasks import classifier
 from tasks.account import Account
 from tasks.lookahead import rows_of
 from tasks.registry import strategies, unknown
-from tasks.types import Noise, Reward, Samples, reindex
+from tasks.types import Noise, Reward, Samples, reindex, sample_shape
 
 EQUIVALENCES = ("classifier", "cell", "tokens")
 
@@ -82,7 +82,7 @@ class BestOfMajority:
                 + ("tokens." if tokens else "classifier (8x8 digits) or cell (coordinates in cells of strategy.cell).")
             )
         if self.equivalence == "classifier":
-            classifier.refuse_other_shapes(recipe.parts.model.shape, "strategy.equivalence=classifier")
+            classifier.refuse_other_shapes(sample_shape(recipe.parts.model), "strategy.equivalence=classifier")
 
     def account(self, evaluations: Sequence[int]) -> Account:
         """N trajectories and reward calls."""

@@ -13,7 +13,7 @@ from tasks import classifier
 from tasks.account import Account
 from tasks.lookahead import rows_of
 from tasks.registry import strategies, unknown
-from tasks.types import Noise, Reward, Samples, reindex
+from tasks.types import Noise, Reward, Samples, reindex, sample_shape
 
 FEATURES = ("identity", "classifier")
 
@@ -72,7 +72,7 @@ class Repulsion:
                 f"{recipe.parts.model.noising.kind}. Use a Gaussian model."
             )
         if self.features == "classifier":
-            classifier.refuse_other_shapes(recipe.parts.model.shape, "strategy.features=classifier")
+            classifier.refuse_other_shapes(sample_shape(recipe.parts.model), "strategy.features=classifier")
 
     def account(self, evaluations: Sequence[int]) -> Account:
         """K trajectories."""
