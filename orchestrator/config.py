@@ -21,7 +21,7 @@ from tasks.registry import unknown
 from tasks.schedule import SolverSchedule
 
 GROUPS = ("model", "solver", "times", "initial", "guidance", "strategy", "reward", "search", "executor", "tracker")
-FILES = ("study", "cluster", "space")  # groups whose members are YAML files
+FILES = ("study", "cluster", "space", "preset")  # groups whose members are YAML files
 VALUES = (
     "name", "question", "nfe", "schedule", "prompts", "metrics", "labels", "num_samples", "first_index", "batch_size",
     "shard_size", "seed", "dtype", "device", "root", "storage", "price_per_device_hour",

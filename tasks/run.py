@@ -18,6 +18,7 @@ import torch
 
 from tasks import calibration, registry
 from tasks.noise import MAX_INDEX, RowNoise
+from tasks.not_finite import NotFinite, Watched
 from tasks.pipelines.texts import Kept
 from tasks.prefixes import Resume, States, keys
 from tasks.recipe import Recipe, canonical, grid_of
@@ -91,7 +92,8 @@ def generate(
         out blocks of the network, ``work``. A strategy that decides as it goes gives the first three for each row.
 
     Raises:
-        ValueError: a sample that is not finite, with its index.
+        NotFinite: some rows, but not all, have no finite sample, because of what the network answered at a step.
+        ValueError: no row has, or the decoder spoilt one.
     """
     if not 0 <= start < stop <= MAX_INDEX:
         raise ValueError(f"sample indices must satisfy 0 <= start < stop <= {MAX_INDEX}, got [{start}, {stop}).")
@@ -109,6 +111,7 @@ def generate(
         stays = recipe.account.gradients or hasattr(scorer, "at")
         scorer = scorer if stays else served(recipe.reward)
     pieces: list[dict[str, np.ndarray]] = []
+    lost: dict[int, str] = {}
     for first, low, high in blocks(start, stop, size):
         began = time.perf_counter()
         counted = CountedModel(base, recipe.batch_size)
@@ -134,10 +137,12 @@ def generate(
         sample = x0[keep].cpu().numpy()
         finite = np.isfinite(sample).reshape(len(sample), -1).all(axis=1)
         if not finite.all():
-            raise ValueError(
-                f"sample {low + int(np.argmin(finite))} of {recipe.key} is not finite. The solver diverged or the "
-                "model overflowed: use a lower order, more steps or another grid."
-            )
+            lost |= dict.fromkeys((low + np.flatnonzero(~finite)).tolist(), "")
+            watched = Watched(CountedModel(base, recipe.batch_size), size, grid)
+            with torch.no_grad():
+                again = replace(sampler, model=parts.guidance.wrap(watched), resume=None)  # type: ignore[arg-type]
+                parts.strategy(again, reward, noise)
+            lost |= {first + row: where for row, where in watched.found.items() if first + row in lost}
         count = high - low
         columns: dict[str, np.ndarray] = {
             "sample_id": np.arange(low, high, dtype=np.int64),
@@ -158,7 +163,17 @@ def generate(
         pieces.append(columns)
         if progress is not None:
             progress(high - start)
+    if lost:
+        raise _refusal(recipe.key, lost, stop - start)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _refusal(key: str, lost: Mapping[int, str], count: int) -> ValueError:
+    """What to say of rows that are not finite: some can be set aside, but not all, nor what only the decoder spoilt."""
+    advice = "The solver diverged or the model overflowed: use a lower order, more steps or another grid."
+    if len(lost) == count or not all(lost.values()):
+        return ValueError(f"sample {min(lost)} of {key} is not finite. {advice}")
+    return NotFinite({row: f"the network's answer at {where}" for row, where in lost.items()}, key)
 
 
 def _shares(seconds: float, rows: int, nfe: torch.Tensor | None) -> np.ndarray:
