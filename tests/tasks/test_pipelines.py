@@ -485,6 +485,11 @@ def test_prompts_for_a_model_without_text_are_refused(prompt_file):
         plain.completed().override({"prompts": prompt_file})
 
 
+def test_a_network_pickle_is_refused():
+    with pytest.raises(ValueError, match="is a pickle, which runs code when it is read; none is loaded"):
+        build("/models/edm-cifar10-32x32-cond-vp.pkl")
+
+
 @pytest.mark.parametrize("path", ["owner/name", "owner/name@main", "owner/name@" + "g" * 40])
 def test_a_hub_model_must_be_pinned(path):
     with pytest.raises(ValueError, match="is not pinned.*owner/name@COMMIT"):
