@@ -7,8 +7,8 @@ cpu_ratio, cpu_ratio_unguided
                            the same in processor seconds, which a busy machine disturbs less
 
 The pipeline is Stable Diffusion's with random weights, small enough for a CPU: a UNet of 32 and 64 channels on latents
-of 32 x 32, where arithmetic and not the number of operations takes the time, as in real models. The two sides take turns.
-With guidance a study calls the network twice with B rows where the stock pipeline calls it once with 2 B.
+of 32 x 32, where arithmetic and not the number of operations takes the time, as in real models. The two sides take
+turns. With guidance a study calls the network twice with B rows where the stock pipeline calls it once with 2 B.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def study(path: Path, prompts: Path, count: int, batch: int, steps: int, scale: 
     guidance = ["guidance=cfg", f"guidance.scale={scale}"] if scale > 1 else ["guidance=none"]
     data = config.compose(
         ["model=diffusers", f"model.path={path}", f"prompts={prompts}", "solver=diffusers", "times=stock",
-         "solver.scheduler=DDIMScheduler", "solver.config={clip_sample: false, steps_offset: 1, set_alpha_to_one: false}",
+         "solver.scheduler=DDIMScheduler", "solver.config={clip_sample:false,steps_offset:1,set_alpha_to_one:false}",
          f"times.num_steps={steps}", *guidance,
          f"num_samples={count}", f"batch_size={batch}", f"shard_size={count}", "tracker=none", f"root={root}"]
     )  # fmt: skip
@@ -119,7 +119,7 @@ def main() -> None:
 
     args = options(__doc__ or "")
     torch.set_num_threads(1)
-    count, batch, steps, size, repeats = (8, 4, 2, 16, 1) if args.quick else (32, 8, 10, 32, 5)
+    count, batch, steps, size, repeats = (8, 4, 2, 16, 1) if args.quick else (16, 8, 6, 32, 3)
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         root, path = Path(folder), Path(folder) / "pipeline"

@@ -184,11 +184,16 @@ class DiffusersPipeline:
                 self.dtype, self.max_tokens, device]  # fmt: skip
 
     def check_recipe(self, recipe: Any) -> None:
-        """Refuse what the device cannot do.
+        """Refuse what the device cannot do, and guidance without prompts.
 
         Raises:
             ValueError: says what, and what to do.
         """
+        if self.folder.family.text and not self.num_classes and recipe.parts.guidance.needs_labels:
+            raise ValueError(
+                f"guidance {recipe.guidance['name']} compares prompts with none, but there are none. Set prompts=FILE, "
+                "or guidance=none."
+            )
         if recipe.device == "cpu" and self.offload != "none":
             raise ValueError(f"model.offload={self.offload} moves weights off a cuda device. Set model.offload=none.")
         if recipe.device == "cpu" and self.dtype == "float16":

@@ -36,7 +36,7 @@ class PipelineDenoiser:
         self.shape, self.num_classes = spec.shape, spec.num_classes
         self._family, self._setting = folder.family, spec.setting
         self._dtype, self._device, self._spec = getattr(torch, spec.dtype), device, spec
-        self.pipe = load(spec, device, without=() if spec.lora else self._family.text)
+        self.pipe = load(spec, without=() if spec.lora else self._family.text)
         self._encoders = self.pipe if spec.lora else None  # an adapter may change the encoders too
         self.network = prepare(self.pipe, spec, device)
         self.texts = Texts(self._encode, spec.text_identity(device)) if self._family.text else None
@@ -52,10 +52,18 @@ class PipelineDenoiser:
     def _encode(self, text: str | None) -> Encoded:
         """One text through the pipeline's encoders, which are loaded when the first text needs them."""
         if self._encoders is None:
-            given = {self._family.network: getattr(self.pipe, self._family.network)}
-            self._encoders = load(self._spec, self._device, without=("vae",), given=given)
+            self._encoders = load(self._spec, without=("vae",), given={self._family.network: self.network})
+        self._move_encoders(self._device)
         with torch.no_grad():
             return self._family.encode(self._encoders, text, self._setting, self._device)
+
+    def _move_encoders(self, device: str) -> None:
+        """Bring the encoders to a device; those of the pipeline itself are where its options want them."""
+        if self._encoders is None or self._encoders is self.pipe:
+            return
+        for name in self._family.text:
+            if isinstance(encoder := getattr(self._encoders, name), torch.nn.Module):
+                encoder.to(device)
 
     def _conditions(self, cond: Tensor | None, rows: int) -> Any:
         """Labels as they are; ids of prompts as encoded texts, held while the rows' prompts stay."""
@@ -66,6 +74,8 @@ class PipelineDenoiser:
         ids = (self.num_classes,) * rows if cond is None else tuple(cond.tolist())
         if ids not in self._assembled:
             self._assembled[ids] = self.texts.batch(tuple(map(self._spec.text, ids)), self._device, self._dtype)
+            if self._spec.offload != "none":
+                self._move_encoders("cpu")
             while len(self._assembled) > ASSEMBLED:
                 self._assembled.popitem(last=False)
         return self._assembled[ids]

@@ -15,7 +15,7 @@ from tasks.processes import GaussianProcess
 
 WHAT: str = "a diffusers pipeline"
 # Parts of a pipeline that change no image here: the safety checker is never run.
-IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "scheduler")
+IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 class PipelineFolder:

@@ -10,12 +10,11 @@ import torch
 from tasks.pipelines.folder import IGNORED
 
 
-def load(spec: Any, device: str, without: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> Any:
-    """The pipeline of a plug-in on a device, in evaluation mode and without gradients of its weights.
+def load(spec: Any, without: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> Any:
+    """The pipeline of a plug-in in main memory, in evaluation mode and without gradients of its weights.
 
     Args:
         spec: the plug-in.
-        device: "cpu" or "cuda".
         without: components that are left out.
         given: components that were loaded already.
 
@@ -26,7 +25,7 @@ def load(spec: Any, device: str, without: Sequence[str] = (), given: Mapping[str
 
     _be_quiet(spec)
     index = spec.folder.index
-    absent = [name for name in (*without, *IGNORED) if name in index and name != "scheduler"]
+    absent = [name for name in (*without, *IGNORED) if name in index]
     absent += [name for name in spec.folder.family.components if name not in spec.folder.components]
     options: dict[str, Any] = dict.fromkeys(absent)
     if "requires_safety_checker" in index:
@@ -49,10 +48,6 @@ def load(spec: Any, device: str, without: Sequence[str] = (), given: Mapping[str
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
-    if spec.offload == "none":
-        return pipe.to(device)
-    begin = pipe.enable_model_cpu_offload if spec.offload == "model" else pipe.enable_sequential_cpu_offload
-    begin(device=device)
     return pipe
 
 
@@ -85,7 +80,13 @@ def _adapt(pipe: Any, spec: Any) -> None:
 
 
 def prepare(pipe: Any, spec: Any, device: str) -> Any:
-    """The network that denoises, after the options that concern its speed and memory."""
+    """The network that denoises, on its device, after the options that concern its speed and memory."""
+    if spec.offload == "none":
+        pipe.to(device)
+    elif spec.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
     network = getattr(pipe, spec.folder.family.network)
     if spec.channels_last:
         network.to(memory_format=torch.channels_last)

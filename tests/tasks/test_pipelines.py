@@ -479,6 +479,11 @@ def test_what_a_cpu_cannot_do_is_refused_when_planning(saved, prompt_file):
             recipe(folder, prompt_file, model={field: value})
 
 
+def test_guidance_without_prompts_is_refused(saved):
+    with pytest.raises(ValueError, match="compares prompts with none, but there are none. Set prompts=FILE"):
+        recipe(saved("stable_diffusion")[1])
+
+
 def test_prompts_for_a_model_without_text_are_refused(prompt_file):
     plain = Recipe({"name": "gmm"}, {"name": "ddim"}, {"name": "uniform"}, {"name": "none"}, {"name": "single"})
     with pytest.raises(ValueError, match="needs a model that reads text, got model=gmm"):
