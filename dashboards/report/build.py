@@ -147,6 +147,8 @@ def _pictures(table: list[Row], qualities: list[str], better: dict[str, str], st
         wanted = {row.nfe for row in searched} or {min((row.nfe for row in pool), default=0)}
         wanted.add(max((row.nfe for row in pool), default=0))
         shown = [row for members in series.values() for row in members if row.nfe in wanted]
+    else:  # samples that are judged by a reward alone, or by the eye, are shown all the same
+        shown = list(pool)
     shown += [row for members in parts(table).values() for row in members if row.particles > 1]
     pictures = []
     for row in shown[:GRID_TRIALS]:

@@ -244,3 +244,13 @@ def test_a_report_of_strategies_says_at_which_cost_and_draws_what_candidates_buy
     assert "Costs differ:" in page and "against 0 reward calls" in page
     assert "pass@k" in page and "Best split of 16 evaluations: best of" in page
     assert "best of k follows" in page
+
+
+def test_a_picture_says_which_prompt_or_label_it_answers() -> None:
+    import pyarrow as pa
+
+    from dashboards.report.build import _captions
+
+    asked = {"prompt": ["a fox", "the sea"], "prompt_id": ["7", "8"], "group": ["animals", ""]}
+    assert _captions(pa.table(asked)) == ["prompt 7 (animals): a fox", "prompt 8: the sea"]
+    assert _captions(pa.table({"label": [3, -1]})) == ["label 3", "label -1"]
