@@ -12,7 +12,8 @@ from orchestrator.exits import COMPLETE, INTERRUPTED, TERMINATED, USAGE, Termina
 
 EPILOG = """\
 overrides use Hydra's grammar: KEY=VALUE, GROUP=PLUGIN, DOTTED.PATH=VALUE. Keys: study model solver times initial
-guidance strategy reward metrics search num_samples batch_size seed executor tracker root nfe schedule and below.
+guidance strategy reward metrics search num_samples batch_size seed executor tracker root nfe prompts schedule and
+below.
 
 examples:
   solvus run study=quickstart

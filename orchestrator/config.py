@@ -21,9 +21,9 @@ from tasks.registry import unknown
 from tasks.schedule import SolverSchedule
 
 GROUPS = ("model", "solver", "times", "initial", "guidance", "strategy", "reward", "search", "executor", "tracker")
-FILES = ("study", "cluster", "space")  # groups whose members are YAML files
+FILES = ("study", "cluster", "space", "preset")  # groups whose members are YAML files
 VALUES = (
-    "name", "question", "nfe", "schedule", "metrics", "labels", "num_samples", "first_index", "batch_size",
+    "name", "question", "nfe", "schedule", "prompts", "metrics", "labels", "num_samples", "first_index", "batch_size",
     "shard_size", "seed", "dtype", "device", "root", "storage", "price_per_device_hour",
     "reuse_gib", "group_by",
 )  # fmt: skip
@@ -237,6 +237,8 @@ def study(data: dict[str, Any]) -> Study:
         raise ValueError(f"name becomes a folder: use letters, digits, '.', '_' and '-', at most 100; got {name!r}.")
     fields: dict[str, Any] = {key: data.get(key) for key in (*PLUGINS, *PLAIN)}
     recipe = Recipe(**fields).completed()
+    if data.get("prompts") is not None:
+        recipe = recipe.override({"prompts": data["prompts"]})
     if data.get("schedule") is not None:
         recipe = recipe.override({"schedule": data["schedule"]})
     if data["nfe"] is not None:

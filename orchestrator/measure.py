@@ -96,7 +96,7 @@ def reference(recipe: Recipe, metric: Spec, store: Store) -> dict[str, np.ndarra
     """What a metric compares with, made once for a model and kept in the store."""
     plugin, model = registry.metrics.build(metric), recipe.parts.model
     identity = [scorer_identity(spec) for spec in plugin.needs()]
-    source = {k: v for k, v in recipe.model.items() if k != "path"}
+    source = registry.model_identity(recipe.model)
     key = digest({"metric": metric, "model": source, "revision": model.revision, "scorers": identity})
     found = store.get_arrays("references", key)
     if found is None:

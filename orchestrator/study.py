@@ -7,14 +7,25 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.measure import measure, scorers
-from orchestrator.plan import ARTIFACTS, Shard, Work, aside, calibration, companions, shards, uncalibrated
+from orchestrator.plan import (
+    ARTIFACTS,
+    Shard,
+    Work,
+    aside,
+    calibration,
+    companions,
+    covered,
+    missing,
+    shards,
+    uncalibrated,
+)
 from orchestrator.ports import Executor, Proposal, Search, SearchContext, Tracker, WorkerLost
 from orchestrator.registries import searches
 from orchestrator.store import CorruptShard, Store
@@ -22,6 +33,7 @@ from orchestrator.worker import artifacts, calibrate, origin, perform
 from tasks import registry
 from tasks.calibration import bound
 from tasks.noise import MAX_INDEX
+from tasks.not_finite import NotFinite
 from tasks.recipe import Recipe, digest, grid_of
 from tasks.registry import Spec
 from tasks.types import sample_shape
@@ -447,6 +459,14 @@ class _Loop:
         elif isinstance(error, WorkerLost):
             log.error("row %d of %s kills its worker; it is set aside: %s", shard.start, shard.key, error)
             self.store.quarantine(shard.key, shard.start, str(error))
+        elif isinstance(error, NotFinite):
+            log.error("%s They are set aside.", error)
+            for row, why in error.rows.items():
+                self.store.quarantine(shard.key, row, f"not finite: {why}")
+            rest = missing(shard.start, shard.stop, covered([], error.rows))
+            trial.open_shards += len(rest)
+            pieces = [replace(shard, start=low, stop=high) for low, high in rest]
+            self.backlog.add(((trial, piece) for piece in pieces), first=True)
         else:
             kind = "companion shard" if trial.ahead else "shard"
             reason = f"{kind} {shard.name} failed: {type(error).__name__}: {error}"

@@ -145,7 +145,7 @@ def shard(args: Any) -> int:
     try:
         shape = sample_shape(recipe.parts.model)
         stored = np.concatenate([rows.samples(t, shape) for t in store.read("rows", key, start, stop)])
-        equal = bool(np.array_equal(stored, columns["x0"]))
+        equal = bool(np.array_equal(stored, rows.as_stored(columns["x0"], recipe.parts.model.kind)))
     except KeyError:
         equal = None
     data = {"key": key, "start": start, "stop": stop, "seconds": seconds, "equal_to_stored": equal, "recipe": spec}

@@ -20,6 +20,7 @@ from orchestrator import rows
 from orchestrator.plan import ARTIFACTS, Shard
 from orchestrator.states import StateCache
 from orchestrator.store import CorruptShard, Store
+from orchestrator.texts import EncodedTexts
 from tasks import calibration, run
 from tasks.recipe import Recipe
 from tasks.registry import Spec
@@ -101,6 +102,8 @@ def generate(shard: Shard) -> Made:
             states = StateCache(shard.root, shard.reuse_bytes) if shard.reuse_bytes else None
             if states is not None:
                 found["states"] = states
+            if hasattr(recipe.parts.model, "text_identity"):
+                found["texts"] = EncodedTexts(store)
             if SERVED:
                 found["served"] = SERVED[-1]
             columns = run.generate(recipe, shard.start, shard.stop, shard.isolated, **found)

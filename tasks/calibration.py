@@ -72,7 +72,7 @@ def of(recipe: Recipe) -> tuple[Calibration, ...]:
         ValueError: an artifact file that is missing, damaged, or made for another model, revision or setting.
     """
     from tasks.recipe import digest
-    from tasks.registry import identity, to_data
+    from tasks.registry import identity, model_identity, to_data
 
     found = []
     for place, plugin in places(recipe.parts):
@@ -82,7 +82,7 @@ def of(recipe: Recipe) -> tuple[Calibration, ...]:
             "plugin": plugin.name,
             "fields": {k: to_data(v) for k, v in plugin.calibration_fields().items()},
             "code": plugin.calibration_revision,
-            "model": {k: v for k, v in recipe.model.items() if k != "path"},
+            "model": model_identity(recipe.model),
             "revision": recipe.parts.model.revision,
         }
         for part in plugin.calibrated_on:

@@ -18,7 +18,7 @@ from tasks.processes import VP, Flow, GaussianProcess, Time, expand, to_x0
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _digest(path: str, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -31,7 +31,11 @@ def file_digest(path: Path) -> str:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The fields of a JSON file; a missing or damaged one is refused with its path."""
+    """The fields in a configuration file.
+
+    Raises:
+        ValueError: no such file, or it cannot be read as ``what``.
+    """
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
@@ -43,6 +47,46 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as {what}: {error}. Save the model again.") from None
+
+
+def prediction(scheduler: dict[str, Any]) -> str:
+    """What the network predicts, by a scheduler configuration: a name that :func:`to_x0` knows."""
+    named = scheduler.get("prediction_type", "epsilon")
+    if named in ("flow_prediction", "flow"):
+        return "flow"
+    flows = "FlowMatch" in scheduler.get("_class_name", "")
+    return "flow" if flows and named != "reversed_flow" else named
+
+
+def noising(scheduler: dict[str, Any]) -> GaussianProcess:
+    """The noising process that a scheduler configuration describes."""
+    steps = scheduler.get("num_train_timesteps", 1000)
+    if prediction(scheduler) in ("flow", "reversed_flow"):
+        return Flow(steps)
+    return VP(
+        scheduler.get("beta_schedule", "linear"),
+        scheduler.get("beta_start", 0.0001),
+        scheduler.get("beta_end", 0.02),
+        steps,
+    )
+
+
+def check_scheduler(scheduler: dict[str, Any]) -> None:
+    """Refuse a schedule that is not one of ours: sampling with another one gives numbers that look right.
+
+    Raises:
+        ValueError: no beta schedule and no flow, or betas that are not supported.
+    """
+    name = scheduler.get("_class_name", "DDPMScheduler")
+    if name.startswith(("EDM", "ScoreSde", "CMStochastic", "KarrasVe", "Cosine")):
+        raise ValueError(f"model.scheduler is a {name}, which has no beta schedule and is not a flow.")
+    for field in ("trained_betas", "rescale_betas_zero_snr"):
+        if scheduler.get(field):
+            raise ValueError(f"model.scheduler sets {field}, which changes the betas in a way not supported here.")
+    process = noising(scheduler)
+    if isinstance(process, VP):
+        process.alpha(0.5)
+    to_x0(prediction(scheduler), torch.zeros(1), torch.zeros(1), 0.5, 0.5)
 
 
 class Checkpoint:
@@ -75,22 +119,10 @@ class Checkpoint:
         for field in ("sample_size", "in_channels"):
             if not self.config.get(field):
                 raise ValueError(f"{self.unet / 'config.json'} has no {field}. Save the model again.")
-        self._check_schedule()
+        check_scheduler(self.scheduler)
         self.weights = self.unet / "diffusion_pytorch_model.safetensors"
         if not self.weights.is_file():
             raise ValueError(f"{self.unet} has no diffusion_pytorch_model.safetensors; pickled weights are not loaded.")
-
-    def _check_schedule(self) -> None:
-        """Refuse a schedule that is not one of ours: sampling with another one gives numbers that look right."""
-        name = self.scheduler.get("_class_name", "DDPMScheduler")
-        if name.startswith(("EDM", "ScoreSde", "CMStochastic", "KarrasVe", "Cosine")):
-            raise ValueError(f"model.scheduler is a {name}, which has no beta schedule and is not a flow.")
-        for field in ("trained_betas", "rescale_betas_zero_snr"):
-            if self.scheduler.get(field):
-                raise ValueError(f"model.scheduler sets {field}, which changes the betas in a way not supported here.")
-        if isinstance(self.process, VP):
-            self.process.alpha(0.5)
-        to_x0(self.prediction, torch.zeros(1), torch.zeros(1), 0.5, 0.5)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -107,22 +139,12 @@ class Checkpoint:
     @property
     def process(self) -> GaussianProcess:
         """The noising process that the scheduler configuration describes."""
-        steps = self.scheduler.get("num_train_timesteps", 1000)
-        if self.prediction == "flow":
-            return Flow(steps)
-        return VP(
-            self.scheduler.get("beta_schedule", "linear"),
-            self.scheduler.get("beta_start", 0.0001),
-            self.scheduler.get("beta_end", 0.02),
-            steps,
-        )
+        return noising(self.scheduler)
 
     @property
     def prediction(self) -> str:
-        """What the network predicts: epsilon, sample, v_prediction or flow."""
-        if "FlowMatch" in self.scheduler.get("_class_name", ""):
-            return "flow"
-        return self.scheduler.get("prediction_type", "epsilon")
+        """What the network predicts: epsilon, sample, v_prediction, flow or reversed_flow."""
+        return prediction(self.scheduler)
 
     @property
     def revision(self) -> str:

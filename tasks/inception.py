@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tasks.checkpoint import file_digest
 from tasks.pictures import unit
-from tasks.pretrained import file_digest, fill, home, read_state
+from tasks.pretrained import fill, home, read_state
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + FILE

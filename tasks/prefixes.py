@@ -18,7 +18,7 @@ import torch
 
 from tasks.integrator import Entry
 from tasks.recipe import Recipe
-from tasks.registry import identity
+from tasks.registry import identity, model_identity
 from tasks.types import Noise, State
 
 FIELDS = ("x", "seen", "x0", "f")
@@ -48,7 +48,7 @@ def keys(recipe: Recipe) -> tuple[str, ...]:
     if not shared or stock_steps is not None or getattr(p.times, "travels", False):
         return ()
     around = {
-        "model": {k: v for k, v in recipe.model.items() if k != "path"},
+        "model": model_identity(recipe.model),
         "revision": p.model.revision,
         "guidance": identity(recipe.guidance),
         "initial": recipe.initial,

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tasks.checkpoint import file_digest
+
 SETTINGS = (".json", ".txt", ".model")  # files that change what a network does, beside its weights
 
 
@@ -80,18 +82,6 @@ def _download(repository: str, commit: str, plugin: str) -> Path:
             f"{plugin}: {repository} at {commit} cannot be fetched: {type(error).__name__}: {error}. Download it "
             "elsewhere and give its folder as path."
         ) from None
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, worked out once while it does not change."""
-    stat = path.stat()
-    return _digest(str(path), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _digest(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(path: Path, inner: str = "") -> dict[str, torch.Tensor]:

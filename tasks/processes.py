@@ -297,7 +297,7 @@ def categorical(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 # --- predictions -----------------------------------------------------------------------------------------------------
 # Each is a linear target y = a eps + b x0. The names are those of diffusers; "flow" is its flow-matching velocity
-# dx/dt = eps - x0, and "score" is grad log p_t = -eps / sigma.
+# dx/dt = eps - x0, "reversed_flow" is x0 - eps (InstaFlow's sign), and "score" is grad log p_t = -eps / sigma.
 
 
 def _coefficients(kind: str, alpha: Any, sigma: Any) -> tuple[Any, Any]:
@@ -309,10 +309,13 @@ def _coefficients(kind: str, alpha: Any, sigma: Any) -> tuple[Any, Any]:
         return alpha, -sigma
     if kind == "flow":
         return 1.0, -1.0
+    if kind == "reversed_flow":
+        return -1.0, 1.0
     if kind == "score":
         return -1.0 / sigma, 0.0
     raise ValueError(
-        f"unknown prediction {kind!r}; allowed: epsilon, sample, v_prediction, flow, score. "
+        f"unknown prediction {kind!r}; allowed: epsilon, sample, v_prediction, flow, reversed_flow, "
+        "score. "
         "Set prediction_type in the model's scheduler configuration."
     )
 

@@ -67,8 +67,8 @@ class Recipe:
         Args:
             changes: dotted paths to values: ``{"solver": "heun", "times.rho": 5.0}``. A plug-in's own name (or a whole
                 spec) replaces it with that plug-in's defaults; ``schedule`` (a SolverSchedule as data) sets
-                solver and times; ``nfe`` sets solver fields and the number of steps so
-                that a trajectory costs exactly that many evaluations; list items are reached by number.
+                solver and times; ``prompts`` (a file) is the model's; ``nfe`` sets solver fields and the number of
+                steps so that a trajectory costs exactly that many evaluations; list items are reached by number.
 
         Raises:
             ValueError: a path or a value that does not exist.
@@ -78,16 +78,18 @@ class Recipe:
             data |= _scheduled(data, changes["schedule"])
         for path in sorted(changes, key=lambda p: (p.count("."), p == "nfe")):
             value, (head, *rest) = changes[path], path.split(".")
-            if path in ("nfe", "schedule"):
+            if path in ("nfe", "schedule", "prompts"):
                 continue
             if head not in data:
-                raise unknown("override", path, [*PLUGINS, *PLAIN, "nfe", "schedule"], "Allowed")
+                raise unknown("override", path, [*PLUGINS, *PLAIN, "nfe", "prompts", "schedule"], "Allowed")
             if not rest:
                 data[head] = _whole(head, value, data[head])
             else:
                 if data[head] is None:
                     raise ValueError(f"{path} cannot be set: there is no {head}.")
                 data[head] = _set(data[head], rest, value, path)
+        if changes.get("prompts") is not None:
+            data["model"] = _prompted(data["model"], changes["prompts"])
         if "nfe" in changes:
             data |= _fit(data, changes["nfe"])
         return Recipe(**data).completed()
@@ -152,6 +154,8 @@ class Recipe:
                 f"{process.kind}. Choose one of: {', '.join(fitting)}."
             )
         self._check_pairings()
+        if hasattr(p.model, "check_recipe"):
+            p.model.check_recipe(self)
         grid, stock_steps = self.grid
         travels = getattr(p.times, "travels", False)
         if stock_steps is None and not travels and not all(a > b for a, b in zip(grid, grid[1:], strict=False)):
@@ -405,7 +409,7 @@ class Recipe:
         return digest(
             more
             | {
-                "model": {k: v for k, v in self.model.items() if k != "path"},
+                "model": registry.model_identity(self.model),
                 "revision": self.parts.model.revision,
                 "solver": self.solver,
                 "times": list(grid) if stock_steps is None else stock_steps,
@@ -551,6 +555,15 @@ def _scheduled(data: dict[str, Any], schedule: Any) -> dict[str, Any]:
         "solver": registry.solvers.complete(solver),
         "times": registry.times.complete({"name": "explicit", "values": list(found.times)}),
     }
+
+
+def _prompted(model: Spec, prompts: Any) -> Spec:
+    """The spec of a model that draws a prompt file."""
+    if "prompts" not in registry.models.defaults(model["name"]):
+        raise ValueError(
+            f"prompts={prompts!r} needs a model that reads text, got model={model['name']}. Use model=diffusers."
+        )
+    return model | {"prompts": prompts}
 
 
 def _fit(data: dict[str, Any], nfe: Any) -> dict[str, Any]:

@@ -197,6 +197,12 @@ ALL: dict[str, Registry] = {
 }
 
 
+def model_identity(spec: Spec) -> Spec:
+    """What of a model's spec enters a key: where its files lie does not, nor what changes no row (``unkeyed``)."""
+    without = getattr(models.get(spec["name"]), "unkeyed", ("path",))
+    return {key: value for key, value in spec.items() if key not in without}
+
+
 def identity(spec: Spec) -> Spec:
     """What of a spec enters a key: fields that are null say nothing, so a field that is added later changes no key."""
     return {key: value for key, value in spec.items() if value is not None}

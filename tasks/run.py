@@ -18,6 +18,8 @@ import torch
 
 from tasks import calibration, registry
 from tasks.noise import MAX_INDEX, RowNoise
+from tasks.not_finite import NotFinite, Watched
+from tasks.pipelines.texts import Kept
 from tasks.prefixes import Resume, States, keys
 from tasks.recipe import Recipe, canonical, grid_of
 from tasks.registry import Spec
@@ -66,6 +68,7 @@ def generate(
     artifacts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     states: States | None = None,
     served: Callable[[Spec], Callable[..., torch.Tensor]] | None = None,
+    texts: Kept | None = None,
 ) -> dict[str, np.ndarray]:
     """Make the rows [start, stop) of a recipe.
 
@@ -80,16 +83,19 @@ def generate(
         states: where trajectories that begin alike leave their states; each row is the same with and without.
         served: gives the reward of a spec where it is scored somewhere else; one whose gradient is taken, or that
             depends on the row, stays here.
+        texts: where encoded prompts are kept between processes.
 
     Returns:
         columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``decodes``
         (before rewards), ``seconds`` (of the device: the share of its batch, by evaluations), ``x0`` (decoded,
-        (B, *shape)), the strategy's own; where steps leave out blocks of the network, ``work``; where the solver asks
-        for log-probabilities of whole token strings, ``energy_calls``. A strategy that decides as it goes gives the
-        first three for each row; where the solver does, ``nfe`` is the mean of the batch, rounded up.
+        (B, *sample_shape)), the strategy's and the model's own (prompt, prompt_id, group, …); where steps leave out
+        blocks of the network, ``work``; where the solver asks for log-probabilities of whole token strings,
+        ``energy_calls``. A strategy that decides as it goes gives the first three for each row; where the solver does,
+        ``nfe`` is the mean of the batch, rounded up.
 
     Raises:
-        ValueError: a sample that is not finite, with its index.
+        NotFinite: some rows, but not all, have no finite sample, because of what the network answered at a step.
+        ValueError: no row has, or the decoder spoilt one.
     """
     if not 0 <= start < stop <= MAX_INDEX:
         raise ValueError(f"sample indices must satisfy 0 <= start < stop <= {MAX_INDEX}, got [{start}, {stop}).")
@@ -98,6 +104,8 @@ def generate(
     parts = calibration.bound(recipe, calibration.make_all(recipe) if artifacts is None else artifacts)
     grid, stock_steps = grid_of(parts)
     base = load_model(recipe)
+    if texts is not None and hasattr(base, "remember"):
+        base.remember(texts)
     size = rows_per_block(recipe)
     prefixes = () if states is None or isolated else keys(recipe)
     scorer = parts.reward
@@ -105,6 +113,7 @@ def generate(
         stays = recipe.account.gradients or hasattr(scorer, "at")
         scorer = scorer if stays else served(recipe.reward)
     pieces: list[dict[str, np.ndarray]] = []
+    lost: dict[int, str] = {}
     for first, low, high in blocks(start, stop, size):
         began = time.perf_counter()
         counted = CountedModel(base, recipe.batch_size)
@@ -130,10 +139,12 @@ def generate(
         sample = x0[keep].cpu().numpy()
         finite = np.isfinite(sample).reshape(len(sample), -1).all(axis=1)
         if not finite.all():
-            raise ValueError(
-                f"sample {low + int(np.argmin(finite))} of {recipe.key} is not finite. The solver diverged or the "
-                "model overflowed: use a lower order, more steps or another grid."
-            )
+            lost |= dict.fromkeys((low + np.flatnonzero(~finite)).tolist(), "")
+            watched = Watched(CountedModel(base, recipe.batch_size), size, grid)
+            with torch.no_grad():
+                again = replace(sampler, model=parts.guidance.wrap(watched), resume=None)  # type: ignore[arg-type]
+                parts.strategy(again, reward, noise)
+            lost |= {first + row: where for row, where in watched.found.items() if first + row in lost}
         count = high - low
         columns: dict[str, np.ndarray] = {
             "sample_id": np.arange(low, high, dtype=np.int64),
@@ -148,13 +159,25 @@ def generate(
             columns["work"] = np.full(count, counted.work / size, dtype=np.float64)
         if counted.energies:
             columns["energy_calls"] = np.full(count, counted.energies // size, dtype=np.int32)
+        if hasattr(base, "columns"):
+            columns |= base.columns(columns["label"])
         columns |= {name: value[keep].cpu().numpy() for name, value in result.columns.items()}
         if resume is not None and states is not None:
             states.reused += resume.reused * count
         pieces.append(columns)
         if progress is not None:
             progress(high - start)
+    if lost:
+        raise _refusal(recipe.key, lost, stop - start)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _refusal(key: str, lost: Mapping[int, str], count: int) -> ValueError:
+    """What to say of rows that are not finite: some can be set aside, but not all, nor what only the decoder spoilt."""
+    advice = "The solver diverged or the model overflowed: use a lower order, more steps or another grid."
+    if len(lost) == count or not all(lost.values()):
+        return ValueError(f"sample {min(lost)} of {key} is not finite. {advice}")
+    return NotFinite({row: f"the network's answer at {where}" for row, where in lost.items()}, key)
 
 
 def _shares(seconds: float, rows: int, nfe: torch.Tensor | None) -> np.ndarray:

@@ -147,7 +147,7 @@ Rows = Mapping[str, np.ndarray]
 
 
 def sample_shape(model: Any) -> tuple[int, ...]:
-    """Shape of one stored sample of a model: what ``decode`` gives, where that differs from a state."""
+    """The shape of a decoded sample: a model whose states are latents has a ``sample_shape`` beside its ``shape``."""
     return tuple(getattr(model, "sample_shape", model.shape))
 
 

@@ -147,6 +147,8 @@ def _pictures(table: list[Row], qualities: list[str], better: dict[str, str], st
         wanted = {row.nfe for row in searched} or {min((row.nfe for row in pool), default=0)}
         wanted.add(max((row.nfe for row in pool), default=0))
         shown = [row for members in series.values() for row in members if row.nfe in wanted]
+    else:  # samples that are judged by a reward alone, or by the eye, are shown all the same
+        shown = list(pool)
     shown += [row for members in parts(table).values() for row in members if row.particles > 1]
     pictures = []
     for row in shown[:GRID_TRIALS]:
@@ -158,18 +160,26 @@ def _pictures(table: list[Row], qualities: list[str], better: dict[str, str], st
         if not found or "image" not in found[0].column_names:
             return []
         items = [item for part in found for item in part["image"].to_pylist()]
-        labels = [label for part in found for label in rows.to_numpy(part["label"])]
+        labels = [label for part in found for label in _captions(part)]
         candidates = f", best of {row.particles}" if row.particles > 1 else ""
         pictures.append(
             {
                 "title": f"{row.solver}, {row.grid}, {row.nfe} evaluations{candidates}",
                 "images": [
-                    {"uri": "data:image/png;base64," + base64.b64encode(item["bytes"]).decode(), "label": int(label)}
+                    {"uri": "data:image/png;base64," + base64.b64encode(item["bytes"]).decode(), "label": label}
                     for item, label in zip(items, labels, strict=True)
                 ],
             }
         )
     return pictures
+
+
+def _captions(part: Any) -> list[str]:
+    """What every row was asked for: its prompt with id and group, or its label."""
+    if "prompt" not in part.column_names:
+        return [f"label {int(label)}" for label in rows.to_numpy(part["label"])]
+    asked = part.select(["prompt", "prompt_id", "group"]).to_pylist()
+    return [f"prompt {a['prompt_id']}{' (' + a['group'] + ')' if a['group'] else ''}: {a['prompt']}" for a in asked]
 
 
 def _trial_table(table: list[Row], names: list[str]) -> dict[str, Any]:

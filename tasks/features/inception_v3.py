@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tasks import inception
+from tasks.checkpoint import file_digest
 from tasks.pictures import check_picture
-from tasks.pretrained import file_digest
 from tasks.registry import features
 
 

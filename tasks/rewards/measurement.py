@@ -14,6 +14,7 @@ from tasks.noise import RowNoise
 from tasks.recipe import canonical, digest
 from tasks.reference_items import items
 from tasks.registry import models, rewards
+from tasks.types import sample_shape
 
 
 @rewards.register("measurement")
@@ -61,7 +62,7 @@ class Measurement:
             raise ValueError(f"reward.sigma_y must be positive, got {self.sigma_y}.")
         if self.item is not None and self.item < 0:
             raise ValueError(f"reward.item must be at least 0, got {self.item}.")
-        self.check(tuple(models.build(self.model).shape))
+        self.check(sample_shape(models.build(self.model)))
 
     @property
     def revision(self) -> str:
@@ -72,7 +73,7 @@ class Measurement:
 
     def check(self, shape: tuple[int, ...]) -> None:
         """States of the shape that is measured."""
-        known = tuple(models.build(self.model).shape)
+        known = sample_shape(models.build(self.model))
         if tuple(shape) != known:
             raise ValueError(
                 f"measurement measures data of model {self.model['name']}, of shape {known}, but the samples have "
@@ -85,7 +86,7 @@ class Measurement:
     @property
     def size(self) -> int:
         """Numbers that one row measures, M."""
-        return self._operator(tuple(models.build(self.model).shape), "cpu").size
+        return self._operator(sample_shape(models.build(self.model)), "cpu").size
 
     def _operator(self, shape: tuple[int, ...], device: Any) -> Operator:
         return operator(
@@ -100,7 +101,7 @@ class Measurement:
 
     def at(self, indices: Tensor) -> Measured:
         """The scorer of the rows with these indices, (B,) int64."""
-        shape, device = tuple(models.build(self.model).shape), indices.device
+        shape, device = sample_shape(models.build(self.model)), indices.device
         found = self._operator(shape, device)
         if self.y is not None:
             given = torch.tensor(self.y, dtype=torch.float64, device=device)

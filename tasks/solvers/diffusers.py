@@ -28,8 +28,8 @@ class DiffusersScheduler:
     """A stock diffusers scheduler, unchanged: its own grid with ``times=stock``, or ours where its class takes one.
 
     The noise schedule always is the model's; ``config`` holds the rest of the scheduler's configuration
-    (timestep_spacing, use_karras_sigmas, solver_order, …). Noise that a scheduler draws comes from one generator per
-    row, so rows stay functions of their index.
+    (timestep_spacing, use_karras_sigmas, solver_order, …); prediction_type is what the scheduler is given. Noise
+    that a scheduler draws comes from one generator per row, so rows stay functions of their index.
 
     Args:
         scheduler: class name in ``diffusers``.
@@ -208,6 +208,8 @@ class DiffusersScheduler:
                 x = sample
             x0_hat = model.denoise(x, time)
             kind = "flow" if isinstance(process, Flow) else "epsilon"
+            if isinstance(process, VP):  # PNDM combines what it is given, and v is no multiple of eps
+                kind = scheduler.config.get("prediction_type", "epsilon")
             output = from_x0(kind, x, x0_hat, process.alpha(time), process.sigma(time))
             if isinstance(process, EDM):
                 # EDM schedulers apply their preconditioning to a raw output; invert it so that x0_hat comes back.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks import registry, tokens
+from tasks import registry, unmasking
 from tasks.registry import solvers, unknown
 from tasks.trajectories import shortest_path
 from tasks.types import Conditioned, Noise, State

@@ -265,3 +265,13 @@ def test_the_best_is_compared_with_all_others_after_a_correction_for_their_numbe
     table.append(row("unified", 1.3, 0.1))  # p = 0.034; now 0.024 is multiplied by 3, which none of the three passes
     (line,) = findings(table, ["quality/frechet"], {"quality/frechet": "lower"}, Store(tmp_path), config)
     assert "Of 4 others, 1 differ" in line
+
+
+def test_a_picture_says_which_prompt_or_label_it_answers() -> None:
+    import pyarrow as pa
+
+    from dashboards.report.build import _captions
+
+    asked = {"prompt": ["a fox", "the sea"], "prompt_id": ["7", "8"], "group": ["animals", ""]}
+    assert _captions(pa.table(asked)) == ["prompt 7 (animals): a fox", "prompt 8: the sea"]
+    assert _captions(pa.table({"label": [3, -1]})) == ["label 3", "label -1"]

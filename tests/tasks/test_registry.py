@@ -18,9 +18,11 @@ import torch
 import tasks
 from tasks import registry
 from tasks.recipe import canonical
+from tests.tasks import tiny_pipelines
 
 DIGITS = str(Path(tasks.__file__).parent / "weights" / "digits")
-REQUIRED = {("model", "unet"): {"path": DIGITS}}
+PIPELINE = str(tiny_pipelines.digits(Path(tempfile.mkdtemp(prefix="solvus-")) / "digits"))
+REQUIRED = {("model", "unet"): {"path": DIGITS}, ("model", "diffusers"): {"path": PIPELINE}}
 EVERY = [(kind, name) for kind, known in registry.ALL.items() for name in known.names()]
 EVERY_PLUGIN = pytest.mark.parametrize(("kind", "name"), EVERY, ids=[f"{kind}-{name}" for kind, name in EVERY])
 
@@ -38,6 +40,8 @@ UNUSUAL = [
     ("model", {"name": "digits_tokens", "path": str(Path(DIGITS).with_name("digits_tokens"))}),
     ("model", {"name": "masked_lm", "path": "owner/name", "revision": "0123456789" * 4, "length": 7}),
     ("model", {"name": "unet", "path": DIGITS, "scheduler": {"beta_schedule": "linear"}, "data": "digits"}),
+    ("model", {"name": "diffusers", "path": PIPELINE, "dtype": "bfloat16", "compile": True, "halvings": 0}),
+    ("times", {"name": "shifted", "num_steps": 3, "shift": 1.5}),
     ("solver", {"name": "ddim", "eta": 0.25}),
     ("solver", {"name": "dpmpp_2m", "lower_order_final": True}),
     ("solver", {"name": "heun", "leading_euler_steps": 2}),

@@ -1,0 +1,36 @@
+"""Unconditional and class-conditional UNets on pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tasks.pipelines.family import Family, Setting, first_half
+
+
+class DDPM(Family):
+    """A UNet2DModel on pixels. With class embeddings, the last one means "no label".
+
+    Reference: Ho et al. 2020, "Denoising Diffusion Probabilistic Models"; diffusers ``DDPMPipeline``, ``DDIMPipeline``.
+    """
+
+    pipelines = ("DDPMPipeline", "DDIMPipeline")
+    network = "unet"
+    vae = False
+
+    def classes(self, config: Mapping[str, Any]) -> int:
+        """Embeddings less the one for no label; 0 where there are none."""
+        return max((config.get("num_class_embeds") or 0) - 1, 0)
+
+    def predict(self, pipe: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
+        """The UNet's answer, without a learned variance."""
+        return first_half(pipe.unet(x, n, cond, return_dict=False)[0], x.shape[1])
+
+    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+        """States are images."""
+        return x0
+
+
+FAMILY = DDPM()

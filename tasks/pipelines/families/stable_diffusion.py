@@ -1,0 +1,42 @@
+"""Stable Diffusion 1.x and 2.x, and latent consistency models distilled from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tasks.pipelines.family import Encoded, Family, Setting, guidance_embedding
+
+
+class StableDiffusion(Family):
+    """A UNet that attends to CLIP's tokens; eps or v prediction, by the scheduler's configuration.
+
+    A network with an embedded guidance scale (latent consistency models) is told 8.5 unless set.
+
+    Reference: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"; diffusers
+    ``StableDiffusionPipeline`` and ``LatentConsistencyModelPipeline``.
+    """
+
+    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    network = "unet"
+    text = ("text_encoder", "tokenizer")
+
+    def encode(self, pipe: Any, text: str | None, setting: Setting, device: str) -> Encoded:
+        """CLIP's last hidden states, (1, 77, D)."""
+        embeds, _ = pipe.encode_prompt(text or "", device, 1, False)
+        return {"embeds": embeds}
+
+    def predict(self, pipe: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
+        """The UNet's answer."""
+        scale = 8.5 if setting.embedded_guidance is None else setting.embedded_guidance
+        return pipe.unet(
+            x,
+            n,
+            encoder_hidden_states=cond["embeds"],
+            timestep_cond=guidance_embedding(pipe, pipe.unet, scale, x),
+            return_dict=False,
+        )[0]
+
+
+FAMILY = StableDiffusion()

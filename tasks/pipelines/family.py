@@ -1,0 +1,138 @@
+"""What a family of diffusers pipelines has to answer; the files in ``families/`` say the rest."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks.registry import unknown
+
+Encoded = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a family is told beside states and prompts.
+
+    Attributes:
+        height, width: of the image, in pixels.
+        embedded_guidance: the guidance scale that a distilled network takes as an input; None leaves the default.
+        max_tokens: length of a T5 sequence; None leaves the pipeline's default.
+    """
+
+    height: int
+    width: int
+    embedded_guidance: float | None = None
+    max_tokens: int | None = None
+
+
+class Family:
+    """Pipelines with the same network, text encoders and decoder.
+
+    Attributes:
+        pipelines: class names in diffusers.
+        network: the component that denoises.
+        text: the components that encode text, with their tokenizers; none where conditions are labels.
+        vae: whether states are latents of a decoder.
+        optional: components that may be saved as null.
+        multiple: image sides must be whole multiples of the decoder's factor times this.
+    """
+
+    pipelines: tuple[str, ...] = ()
+    network = "transformer"
+    text: tuple[str, ...] = ()
+    vae = True
+    optional: tuple[str, ...] = ()
+    multiple = 1
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Everything that images depend on."""
+        return (self.network, *(("vae",) if self.vae else ()), *self.text)
+
+    def text_parts(self, components: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of some components that encode text."""
+        return tuple(name for name in components if name in self.text)
+
+    def classes(self, config: Mapping[str, Any]) -> int:
+        """Labels that the network knows, where conditions are labels."""
+        return 0
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        """Channels of a state."""
+        return int(config["in_channels"])
+
+    def factor(self, vae: Mapping[str, Any]) -> int:
+        """Pixels a side of one latent pixel."""
+        return 2 ** (len(vae["block_out_channels"]) - 1)
+
+    def default_size(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width of a state where the user gives none."""
+        size = config["sample_size"]
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    def encode(self, pipe: Any, text: str | None, setting: Setting, device: str) -> Encoded:
+        """What the network is given for one text, each (1, ...); None is the pipeline's own empty condition."""
+        raise AssertionError(f"{type(self).__name__} takes labels")
+
+    def predict(self, pipe: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
+        """The network's answer, (B, *shape).
+
+        Args:
+            pipe: the loaded pipeline.
+            x: states in the network's dtype.
+            n: model times (training steps), (B,) float32.
+            cond: encoded texts, (B, ...) each; or labels, (B,) int64.
+        """
+        raise AssertionError("every family defines it")
+
+    def unscale(self, config: Any, x0: Tensor) -> Tensor:
+        """Latents as the decoder takes them."""
+        return x0 / config.scaling_factor
+
+    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+        """Images around [-1, 1], (B, 3, H, W), of clean latents."""
+        return pipe.vae.decode(self.unscale(pipe.vae.config, x0).to(pipe.vae.dtype), return_dict=False)[0]
+
+
+def first_half(output: Tensor, channels: int) -> Tensor:
+    """The mean of a network that learned its variance too."""
+    return output[:, :channels] if output.shape[1] == 2 * channels else output
+
+
+def guidance_embedding(pipe: Any, net: Any, scale: float, x: Tensor) -> Tensor | None:
+    """The guidance scale as an input of a distilled UNet, (B, D); None where it has none."""
+    width = net.config.time_cond_proj_dim
+    if width is None:
+        return None
+    scales = torch.full((len(x),), scale - 1.0)
+    return pipe.get_guidance_scale_embedding(scales, embedding_dim=width).to(x.device, x.dtype)
+
+
+@lru_cache(maxsize=1)
+def families() -> dict[str, Family]:
+    """Every family, by the class names of its pipelines."""
+    package = importlib.import_module("tasks.pipelines.families")
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        family: Family = importlib.import_module(f"{package.__name__}.{module.name}").FAMILY
+        found |= dict.fromkeys(family.pipelines, family)
+    return found
+
+
+def family_of(name: str, root: str) -> Family:
+    """The family of a pipeline's class.
+
+    Raises:
+        ValueError: a class that has no adapter.
+    """
+    if name not in families():
+        raise ValueError(f"{root} cannot be sampled: {unknown('pipeline class', name, sorted(families()), 'Known')}")
+    return families()[name]

@@ -1,0 +1,553 @@
+"""Pipelines in our sampling loop: the stock pipelines' images, prompts, options and refusals."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tasks import registry, run
+from tasks.noise import RowNoise
+from tasks.pipelines import hub
+from tasks.pipelines.memory import Portions
+from tasks.pipelines.texts import Texts
+from tasks.recipe import Recipe
+from tasks.run import generate
+from tests.tasks import tiny_pipelines as tiny
+
+# numpy's word to a stock scheduler that hands it a tensor.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
+STEPS, SCALE, ROWS = 3, 2.5, 4
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(tiny.PROMPTS) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Builds a pipeline once, by its name in ``tiny_pipelines`` and arguments: (stock pipeline, folder)."""
+    held = {}
+
+    def get(name, **more):
+        key = (name, json.dumps(more, sort_keys=True))
+        if key not in held:
+            folder = tmp_path_factory.mktemp(name)
+            held[key] = (getattr(tiny, name)(folder, **more), str(folder))
+        return held[key]
+
+    return get
+
+
+def diffusers_ddim():
+    from diffusers import DDIMScheduler
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return DDIMScheduler(clip_sample=False, **betas)
+
+
+def recipe(folder, prompts=None, guidance=SCALE, **more):
+    spec = {"name": "diffusers", "path": folder} | ({"prompts": prompts} if prompts else {})
+    spec |= more.pop("model", {})
+    made = Recipe(
+        model=spec,
+        solver=more.pop("solver", {"name": "diffusers", "scheduler": "DDIMScheduler"}),
+        times=more.pop("times", {"name": "stock", "num_steps": STEPS}),
+        guidance={"name": "cfg", "scale": guidance} if guidance else {"name": "none"},
+        strategy={"name": "single"},
+        batch_size=more.pop("batch_size", ROWS),
+        **more,
+    ).completed()
+    made.check()
+    return made
+
+
+def noise_of(made):
+    """The starting noise of the rows, as the study draws it, in the stock pipeline's units."""
+    rows = RowNoise(made.seed, torch.arange(ROWS), dtype=torch.float32)
+    return rows.at(-1).normal(made.parts.model.shape, purpose="prior")
+
+
+def images(made, rows=ROWS):
+    return generate(made, 0, rows)["x0"]
+
+
+def assert_equal_images(ours, stock, tolerance=1e-4):
+    theirs = np.asarray(torch.as_tensor(stock)) * 2 - 1
+    assert ours.shape == theirs.shape
+    assert ours.std() > 0.05  # not a grey card
+    assert np.abs(ours - theirs).max() < tolerance
+
+
+PNDM = {"name": "diffusers", "scheduler": "PNDMScheduler", "config": {"skip_prk_steps": True, "steps_offset": 1}}
+PNDM["config"]["set_alpha_to_one"] = False
+EULER = {"name": "diffusers", "scheduler": "EulerDiscreteScheduler"}
+EULER["config"] = {"steps_offset": 1, "timestep_spacing": "leading"}
+DDIM = {"name": "diffusers", "scheduler": "DDIMScheduler", "config": {"clip_sample": False}}
+PRESETS = Path(__file__).resolve().parents[2] / "configs" / "preset"
+FLOW = {"name": "diffusers", "scheduler": "FlowMatchEulerDiscreteScheduler"}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_stable_diffusion_equals_the_stock_pipeline(saved, prompt_file, prediction):
+    stock, folder = saved("stable_diffusion", prediction=prediction)
+    solver = PNDM | {"config": PNDM["config"] | {"prediction_type": prediction}}  # it keeps what the network predicts
+    made = recipe(folder, prompt_file, solver=solver)
+    found = stock(
+        tiny.PROMPTS, latents=noise_of(made), num_inference_steps=STEPS, guidance_scale=SCALE, output_type="pt"
+    )
+    assert_equal_images(images(made), found.images)
+
+
+def test_sdxl_equals_the_stock_pipeline(saved, prompt_file):
+    stock, folder = saved("sdxl")
+    made = recipe(folder, prompt_file, solver=EULER)
+    found = stock(
+        tiny.PROMPTS, latents=noise_of(made), num_inference_steps=STEPS, guidance_scale=SCALE, output_type="pt"
+    )
+    assert_equal_images(images(made), found.images)
+
+
+@pytest.mark.parametrize("with_t5", [True, False])
+def test_sd3_equals_the_stock_pipeline(saved, prompt_file, with_t5):
+    stock, folder = saved("sd3", with_t5=with_t5)
+    made = recipe(folder, prompt_file, solver=FLOW | {"config": {"shift": 3.0}})
+    found = stock(
+        tiny.PROMPTS, latents=noise_of(made), num_inference_steps=STEPS, guidance_scale=SCALE, output_type="pt"
+    )
+    assert_equal_images(images(made), found.images)
+
+
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+def test_flux_equals_the_stock_pipeline(saved, prompt_file, guidance_embeds):
+    from tasks.pipelines.families.flux import pack
+
+    stock, folder = saved("flux", guidance_embeds=guidance_embeds)
+    shift = math.exp(0.5 + (1.15 - 0.5) * (16 - 256) / (4096 - 256))  # of 16 tokens
+    made = recipe(
+        folder, prompt_file, guidance=None, solver=FLOW, model={"height": 16, "width": 16},
+        times={"name": "shifted", "num_steps": STEPS, "shift": shift},
+    )  # fmt: skip
+    found = stock(
+        tiny.PROMPTS, latents=pack(noise_of(made)), num_inference_steps=STEPS, height=16, width=16, output_type="pt"
+    )
+    assert_equal_images(images(made), found.images)
+
+
+def test_flux_with_true_guidance_equals_the_stock_pipeline(saved, prompt_file):
+    from tasks.pipelines.families.flux import pack
+
+    stock, folder = saved("flux")
+    size = {"height": 16, "width": 16}
+    times = {"name": "shifted", "num_steps": STEPS, "shift": math.exp(0.5 + 0.65 * (16 - 256) / (4096 - 256))}
+    model = size | {"negative_prompt": "a blur", "embedded_guidance": 2.0}
+    made = recipe(folder, prompt_file, solver=FLOW, model=model, times=times)
+    found = stock(
+        tiny.PROMPTS, negative_prompt=["a blur"] * 4, true_cfg_scale=SCALE, guidance_scale=2.0, **size,
+        latents=pack(noise_of(made)), num_inference_steps=STEPS, output_type="pt",
+    )  # fmt: skip
+    assert_equal_images(images(made), found.images)
+
+
+def test_pixart_equals_the_stock_pipeline(saved, prompt_file):
+    stock, folder = saved("pixart")
+    made = recipe(folder, prompt_file, solver={"name": "diffusers", "scheduler": "DPMSolverMultistepScheduler"})
+    found = stock(
+        tiny.PROMPTS, latents=noise_of(made), num_inference_steps=STEPS, guidance_scale=SCALE, output_type="pt",
+        clean_caption=False, use_resolution_binning=False,
+    )  # fmt: skip
+    assert_equal_images(images(made), found.images)
+
+
+def test_dit_equals_the_stock_pipeline(saved, monkeypatch):
+    from diffusers.pipelines.dit import pipeline_dit
+
+    stock, folder = saved("dit")
+    made = recipe(folder, solver={"name": "diffusers", "scheduler": "DDIMScheduler", "config": {"clip_sample": False}})
+    monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda *_, **__: noise_of(made))
+    found = stock(list(range(ROWS)), guidance_scale=SCALE, num_inference_steps=STEPS, output_type="pt")
+    assert_equal_images(images(made), found.images)
+
+
+def test_ddpm_equals_the_stock_pipeline(saved, monkeypatch):
+    from diffusers.pipelines.ddim import pipeline_ddim
+
+    stock, folder = saved("ddpm")
+    made = recipe(folder, guidance=None)
+    monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *_, **__: noise_of(made))
+    found = stock(batch_size=ROWS, num_inference_steps=STEPS, output_type="pt")
+    assert_equal_images(images(made), found.images)
+
+
+def test_the_digits_model_as_a_pipeline_is_the_digits_model(tmp_path):
+    """Labels, guidance and the label after the last, through the other loader."""
+    made = recipe(str(tiny.digits(tmp_path / "digits")), solver={"name": "ddim"}, times={"name": "uniform"})
+    plain = made.override({"model": "digits"})
+    assert made.parts.model.num_classes == 10
+    np.testing.assert_array_equal(images(made), images(plain))
+
+
+# --- what a pipeline is told -----------------------------------------------------------------------------------------
+
+
+def test_a_distilled_network_is_told_its_guidance_scale(saved, prompt_file):
+    stock, folder = saved("stable_diffusion", time_cond_proj_dim=8)
+    stock.scheduler = diffusers_ddim()
+    found = {}
+    for scale in (None, 8.5, 2.0):
+        made = recipe(folder, prompt_file, None, solver=DDIM, model={"embedded_guidance": scale, "distilled": True})
+        found[scale] = images(made)
+    np.testing.assert_array_equal(found[None], found[8.5])
+    assert np.abs(found[2.0] - found[8.5]).max() > 1e-4
+    # The stock pipeline switches its own guidance off where the network has the scale as an input.
+    options = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "output_type": "pt"}
+    assert_equal_images(found[2.0], stock(tiny.PROMPTS, latents=noise_of(made), **options).images)
+
+
+def test_a_network_that_predicts_data_minus_noise_is_integrated_forwards(saved, prompt_file):
+    """InstaFlow's loop, written out: x <- x + v / N with v at training step 1000 (1 - i / N)."""
+    stock, folder = saved("stable_diffusion")
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": "reversed_flow"}
+    times = {"name": "uniform", "num_steps": 2}
+    made = recipe(folder, prompt_file, None, model={"scheduler": scheduler}, solver={"name": "euler"}, times=times)
+    x = noise_of(made)
+    with torch.no_grad():
+        embeds, _ = stock.encode_prompt(tiny.PROMPTS, "cpu", 1, False)
+        for n in (1000.0, 500.0):
+            x = x + stock.unet(x, n, encoder_hidden_states=embeds).sample / 2
+        wanted = stock.vae.decode(x / stock.vae.config.scaling_factor).sample.clamp(-1, 1)
+    np.testing.assert_allclose(images(made), wanted.numpy(), atol=1e-4)
+
+
+def test_a_lora_equals_the_stock_pipeline_with_it(saved, prompt_file, tmp_path):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    stock, folder = tiny.stable_diffusion(tmp_path / "base"), str(tmp_path / "base")
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    stock.unet.add_adapter(config)
+    layers = get_peft_model_state_dict(stock.unet)
+    stock.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers, safe_serialization=True)
+    stock.unet.delete_adapters("default")
+    stock.load_lora_weights(tmp_path / "lora", adapter_name="it")
+    stock.set_adapters(["it"], [0.7])
+    stock.scheduler = diffusers_ddim()
+    lora = {"path": str(tmp_path / "lora"), "scale": 0.7}
+    made = recipe(folder, prompt_file, None, solver=DDIM, model={"lora": [lora]})
+    without = recipe(folder, prompt_file, None, solver=DDIM)
+    options = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "pt"}
+    ours = images(made)
+    assert_equal_images(ours, stock(tiny.PROMPTS, latents=noise_of(made), **options).images)
+    assert np.abs(ours - images(without)).max() > 1e-3
+    keys = {r.key for r in (made, without, made.override({"model.lora.0.scale": 0.5}))}
+    assert len(keys) == 3
+
+
+# --- options and keys ------------------------------------------------------------------------------------------------
+
+
+def test_where_things_lie_is_no_part_of_the_key(saved, prompt_file, tmp_path):
+    _, folder = saved("stable_diffusion")
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.copy(prompt_file, tmp_path / "others.txt")
+    made = recipe(folder, prompt_file)
+    assert (
+        made.override({"model.path": str(tmp_path / "copy"), "prompts": str(tmp_path / "others.txt")}).key == made.key
+    )
+    assert made.override({"model.halvings": 0}).key == made.key
+    (tmp_path / "others.txt").write_text("another prompt\n")
+    changed = [{"prompts": str(tmp_path / "others.txt")}, {"model.dtype": "bfloat16"}, {"model.attention": "math"}]
+    changed += [{"model.compile": True}, {"model.channels_last": True}, {"model.decode": "tiled"}]
+    assert len({made.key, *(made.override(change).key for change in changed)}) == 7
+
+
+OPTIONS = [({"attention": "math"}, 1e-5), ({"channels_last": True}, 1e-5), ({"decode": "sliced"}, 1e-5)]
+OPTIONS += [({"decode_rows": 3}, 1e-5), ({"dtype": "bfloat16"}, 0.2)]
+
+
+@pytest.mark.parametrize(("option", "tolerance"), OPTIONS, ids=lambda value: str(value))
+def test_an_option_changes_the_images_no_more_than_it_says(saved, prompt_file, option, tolerance):
+    _, folder = saved("stable_diffusion")
+    plain = images(recipe(folder, prompt_file, solver=DDIM))
+    found = images(recipe(folder, prompt_file, solver=DDIM, model=option))
+    assert np.abs(found - plain).max() < tolerance
+
+
+def test_every_solver_and_strategy_sees_an_ordinary_model(saved, prompt_file):
+    _, folder = saved("stable_diffusion")
+    best = {"name": "best_of_n", "n": 2}
+    made = recipe(folder, prompt_file, solver={"name": "dpmpp_2m"}, times={"name": "uniform", "num_steps": 2})
+    made = made.override({"strategy": best, "reward": "jpeg_compressibility", "batch_size": 8})
+    made.check()
+    found = generate(made, 0, 4)
+    assert found["x0"].shape == (4, 3, 16, 16)
+    assert found["nfe"].tolist() == [8] * 4
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+class Shelf(dict):
+    """Kept texts in memory."""
+
+    load = dict.get
+    save = dict.__setitem__
+
+
+def test_a_prompt_belongs_to_its_index_and_is_encoded_once_for_all_processes(saved, prompt_file):
+    _, folder = saved("stable_diffusion")
+    made = recipe(folder, prompt_file, solver=DDIM)
+    run._load.cache_clear()
+    shelf = Shelf()
+    whole = generate(made, 0, 8, texts=shelf)
+    assert run.load_model(made).texts.encoded == len(shelf) == 4  # three distinct prompts and the empty one
+    run._load.cache_clear()
+    parts = [generate(made, 0, 3, texts=shelf), generate(made, 3, 8, texts=shelf)]
+    assert run.load_model(made).texts.encoded == 0
+    for name in ("x0", "prompt", "prompt_id", "group", "label"):
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+    assert whole["prompt"].tolist() == tiny.PROMPTS * 2
+    assert whole["prompt_id"].tolist() == ["0", "1", "2", "3"] * 2
+
+
+def test_one_prompt_for_all_rows_is_a_label(saved, prompt_file):
+    _, folder = saved("stable_diffusion")
+    found = generate(recipe(folder, prompt_file, solver=DDIM, labels=3), 0, 4)
+    assert set(found["prompt"]) == {tiny.PROMPTS[3]}
+
+
+def test_bfloat16_texts_are_kept_exactly():
+    shelf, value = Shelf(), torch.randn(1, 3, 2).bfloat16()
+    first = Texts(lambda text: {"embeds": value}, "encoder")
+    first.kept = shelf
+    first("a")
+    again = Texts(lambda text: {}, "encoder")
+    again.kept = shelf
+    found = again.batch(("a", "a"), "cpu", torch.bfloat16)["embeds"]
+    assert torch.equal(found, value.repeat(2, 1, 1)) and again.encoded == 0
+
+
+def test_texts_are_forgotten_when_they_outgrow_their_bound():
+    asked = []
+    texts = Texts(lambda text: asked.append(text) or {"embeds": torch.zeros(1, 256)}, "encoder", max_bytes=2048)
+    for text in ("a", "b", "a", "c", "a", "b"):  # 1024 bytes each
+        texts(text)
+    assert asked == ["a", "b", "c", "b"]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def limited(most):
+    """A function of rows that has memory for so many."""
+
+    def function(rows):
+        if rows.stop - rows.start > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.arange(rows.start, rows.stop)
+
+    return function
+
+
+def test_portions_are_halved_when_memory_runs_out_and_stay_so():
+    portions = Portions("the network", halvings=3)
+    assert portions(limited(5), 19).tolist() == list(range(19))
+    assert (portions.size, portions.halved) == (4, 2)
+    assert portions(limited(4), 8).tolist() == list(range(8))
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_the_number_that_does():
+    with pytest.raises(ValueError, match="out of memory with 16 rows at once; 4 fit. Set batch_size=4, or model.halv"):
+        Portions("the network", halvings=1)(limited(5), 16)
+    with pytest.raises(ValueError, match="out of memory with a single row"):
+        Portions("the decoder", halvings=9)(limited(0), 4)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def function(rows):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="multiplied"):
+        Portions("the network", halvings=3)(function, 4)
+
+
+def test_rows_record_how_many_shared_a_call(saved, prompt_file, monkeypatch):
+    _, folder = saved("stable_diffusion")
+    made = recipe(folder, prompt_file, None, solver=DDIM)
+    plain = images(made)
+    model = run.load_model(made)
+    forward = type(model.network).forward
+
+    def small(self, x, *rest, **more):
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, x, *rest, **more)
+
+    monkeypatch.setattr(type(model.network), "forward", small)
+    found = generate(made, 0, ROWS)
+    model._calls.size = model._calls.halved = 0
+    assert found["rows_per_call"].tolist() == [2] * ROWS
+    np.testing.assert_allclose(found["x0"], plain, atol=1e-5)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def build(path, **fields):
+    return registry.models.build({"name": "diffusers", "path": str(path)} | fields)
+
+
+def missing_index(folder):
+    (folder / "model_index.json").unlink()
+
+
+def other_class(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDifusionPipeline"}))
+
+
+def missing_component(folder):
+    shutil.rmtree(folder / "vae")
+
+
+def pickled(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+
+
+DAMAGE = [
+    (missing_index, "has no model_index.json, so it is not a diffusers pipeline"),
+    (other_class, "unknown pipeline class 'StableDifusionPipeline', did you mean 'StableDiffusionPipeline'"),
+    (missing_component, "lacks the component 'vae' of a StableDiffusionPipeline"),
+    (pickled, "no .safetensors weights; found diffusion_pytorch_model.bin. Pickled weights are not loaded"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE)
+def test_a_folder_that_is_no_whole_pipeline_is_refused(saved, tmp_path, damage, message):
+    shutil.copytree(saved("stable_diffusion")[1], tmp_path / "it")
+    damage(tmp_path / "it")
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "it")
+
+
+def test_damaged_weights_are_refused_when_they_are_loaded(saved, tmp_path):
+    shutil.copytree(saved("stable_diffusion")[1], tmp_path / "it")
+    weights = tmp_path / "it" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded: .* Save or download it again"):
+        build(tmp_path / "it").load("cpu")
+
+
+WRONG = [
+    ({"width": 15}, "model.width must be a whole multiple of 2 pixels, got 15"),
+    ({"dtype": "half"}, "model.dtype must be one of float32, bfloat16, float16, got 'half'"),
+    ({"halvings": -1}, "model.halvings must be at least 0"),
+    ({"lora": [{"file": "x"}]}, "model.lora.0 must be"),
+    ({"lora": [{"path": "/nowhere"}]}, "model.lora.0.path '/nowhere' is not a folder"),
+    ({"variant": "fp16"}, "no .safetensors weights of variant 'fp16'; found diffusion_pytorch_model.safetensors"),
+    ({"prompts": "/nowhere.txt"}, "does not exist"),
+    ({"scheduler": {"beta_schedule": "odd"}}, "unknown beta schedule 'odd'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG)
+def test_fields_that_cannot_be_are_refused(saved, fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(saved("stable_diffusion")[1], **fields)
+
+
+def test_a_model_of_labels_or_pixels_takes_no_text_and_no_size(saved):
+    with pytest.raises(ValueError, match="model.negative_prompt is given, but .* takes labels"):
+        build(saved("dit")[1], negative_prompt="x")
+    with pytest.raises(ValueError, match="works on pixels of one size"):
+        build(saved("ddpm")[1], height=16)
+
+
+def test_what_a_cpu_cannot_do_is_refused_when_planning(saved, prompt_file):
+    _, folder = saved("stable_diffusion")
+    for field, value in (("offload", "model"), ("dtype", "float16")):
+        with pytest.raises(ValueError, match=f"model.{field}={value}"):
+            recipe(folder, prompt_file, model={field: value})
+
+
+def test_guidance_without_prompts_is_refused(saved):
+    with pytest.raises(ValueError, match="compares prompts with none, but there are none. Set prompts=FILE"):
+        recipe(saved("stable_diffusion")[1])
+
+
+def test_prompts_for_a_model_without_text_are_refused(prompt_file):
+    plain = Recipe({"name": "gmm"}, {"name": "ddim"}, {"name": "uniform"}, {"name": "none"}, {"name": "single"})
+    with pytest.raises(ValueError, match="needs a model that reads text, got model=gmm"):
+        plain.completed().override({"prompts": prompt_file})
+
+
+def test_a_network_pickle_is_refused():
+    with pytest.raises(ValueError, match="is a pickle, which runs code when it is read; none is loaded"):
+        build("/models/edm-cifar10-32x32-cond-vp.pkl")
+
+
+@pytest.mark.parametrize("path", ["owner/name", "owner/name@main", "owner/name@" + "g" * 40])
+def test_a_hub_model_must_be_pinned(path):
+    with pytest.raises(ValueError, match="is not pinned.*owner/name@COMMIT"):
+        build(path)
+
+
+def hub_error(name):
+    """One of the hub's errors, without the HTTP response that it wants."""
+    from huggingface_hub import errors
+
+    cls = getattr(errors, name)
+    return type(name, (cls,), {"__init__": lambda self: Exception.__init__(self, "refused")})()
+
+
+HUB = [
+    ("GatedRepoError", "is gated: .*hf auth login"),
+    ("RepositoryNotFoundError", "no such model, or it is private"),
+    ("RevisionNotFoundError", "no such commit"),
+    ("LocalEntryNotFoundError", "not in the local cache, and the hub cannot be reached .*hf download owner/name"),
+]
+
+
+@pytest.mark.parametrize(("error", "message"), HUB)
+def test_the_hub_s_refusals_say_what_to_do(monkeypatch, error, message):
+    import huggingface_hub
+
+    def refuse(*_, local_files_only=False, **__):
+        raise hub_error("LocalEntryNotFoundError" if local_files_only else error)
+
+    hub._fetch.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match=message):
+        build("owner/name@" + "0123456789" * 4)
+
+
+def test_a_pinned_hub_model_is_read_from_its_snapshot(monkeypatch, saved):
+    import huggingface_hub
+
+    hub._fetch.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: saved("dit")[1])
+    assert build("owner/name@" + "0123456789" * 4).revision == build(saved("dit")[1]).revision
+    hub._fetch.cache_clear()
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_lcm_preset_has_the_stock_scheduler_s_steps():
+    from diffusers import LCMScheduler, TCDScheduler
+    from omegaconf import OmegaConf
+
+    for name, cls in (("lcm", LCMScheduler), ("tcd", TCDScheduler)):
+        scheduler = cls()
+        scheduler.set_timesteps(4)
+        values = OmegaConf.load(PRESETS / f"{name}.yaml").times["values"]
+        assert [round(1000 * t - 1) for t in values[:-1]] == scheduler.timesteps.tolist()
