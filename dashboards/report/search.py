@@ -3,55 +3,66 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from dashboards.report import figures
-from dashboards.report.findings import Judge, interval
+from dashboards.report.study import Section, StudyView
 from dashboards.report.view import Row
-from orchestrator.store import Store
+from dashboards.report.won import Judge, interval
 from tasks.schedule import SolverSchedule
 
 
-def sections(
-    table: list[Row], searches: list[dict[str, Any]], better: dict[str, str], store: Store, config: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """One section a search that finished at least one trial; an answer in words first."""
-    found = []
-    for entry in searches:
-        rows = [row for row in table if row.complete and row.data["part"] == entry["part"]]
-        objectives = [name for name in entry["objectives"] if name in better]
-        if not rows or not objectives or any(row.value(objectives[0]) is None for row in rows):
-            continue
-        held = [row for row in table if row.complete and row.data["part"] == entry.get("held_out", "")]
-        found.append(_section(entry, rows, held, objectives, better, store, config))
-    return found
+def answers(view: StudyView) -> list[str]:
+    """What the searches came to, in sentences."""
+    lines = []
+    found = list(_finished(view))
+    for entry, rows, held, objectives in found:
+        several = f"{_title(entry)}: " if len(found) > 1 else ""
+        said = (
+            _front(held or rows, objectives) if len(objectives) > 1 else _answer(rows, held, Judge(objectives[0], view))
+        )
+        lines += [several + line for line in said]
+    return lines
+
+
+def sections(view: StudyView) -> list[Section]:
+    """One section a search that finished at least one trial."""
+    return [_section(view, *found) for found in _finished(view)]
+
+
+def _finished(view: StudyView) -> Iterator[tuple[dict[str, Any], list[Row], list[Row], list[str]]]:
+    """(what a search says, its trials, the same held out, objectives) of those that have something to show."""
+    for entry in view.searches:
+        rows = [row for row in view.complete if row.data["part"] == entry["part"]]
+        objectives = [name for name in entry["objectives"] if name in view.better]
+        rows = [row for row in rows if all(row.value(name) is not None for name in objectives)]
+        held = [row for row in view.complete if row.data["part"] == entry.get("held_out", "")]
+        held = [row for row in held if all(row.value(name) is not None for name in objectives)]
+        if rows and objectives:
+            yield entry, rows, held, objectives
+
+
+def _title(entry: dict[str, Any]) -> str:
+    return entry["part"] or entry["search"]
 
 
 def _section(
-    entry: dict[str, Any],
-    rows: list[Row],
-    held: list[Row],
-    objectives: list[str],
-    better: dict[str, str],
-    store: Store,
-    config: dict[str, Any],
-) -> dict[str, Any]:
-    name, lower = objectives[0], better[objectives[0]] == "lower"
-    judge = Judge(name, lower, store, config)
-    plots = [figures.search_history(rows, name, lower)]
+    view: StudyView, entry: dict[str, Any], rows: list[Row], held: list[Row], objectives: list[str]
+) -> Section:
+    name = objectives[0]
+    charts = [figures.search_history(rows, name, view.is_lower(name))]
     if len(objectives) > 1:
-        plots.append(figures.front(rows, held, objectives))
+        charts.append(figures.front(rows, held, objectives))
     if entry["importances"] and entry["importances"][0]:
-        plots.append(figures.importances(entry["importances"][0], name))
-    title = entry["part"] or entry["search"]
-    answers = _front(held or rows, objectives) if len(objectives) > 1 else _answer(rows, held, judge)
-    return {
-        "title": f"Search: {title}",
-        "text": f"{entry['search']}, visible in optuna-dashboard as {entry['optuna_study']}.",
-        "lines": [*answers, *_cost(rows, entry)],
-        "plots": [figure.to_html(full_html=False, include_plotlyjs=False) for figure in plots],
-        "details": [] if len(objectives) > 1 else _winning_schedule(rows, held, judge),
-    }
+        charts.append(figures.importances(entry["importances"][0], name, _title(entry)))
+    return Section(
+        f"Search: {_title(entry)}",
+        f"{entry['search']}, visible in optuna-dashboard as {entry['optuna_study']}.",
+        _cost(rows, entry),
+        charts=charts,
+        details=[] if len(objectives) > 1 else _winning_schedule(rows, Judge(name, view)),
+    )
 
 
 def best(rows: list[Row], judge: Judge, baseline: bool | None = None) -> Row | None:
@@ -64,9 +75,7 @@ def _answer(rows: list[Row], held: list[Row], judge: Judge) -> list[str]:
     winner, known = best(rows, judge), best(rows, judge, baseline=True)
     if winner is None:
         return []
-    lines = [
-        f"The winner is {_named(winner)}: {interval(winner, judge.name)} on the {_samples(winner)} it was chosen on."
-    ]
+    lines = [f"The winner is {winner.name}: {interval(winner, judge.name)} on the {_samples(winner)} it was chosen on."]
     again = _same(held, winner)
     if again is not None:
         lines.append(f"On held-out samples it has {interval(again, judge.name)} ({_samples(again)}).")
@@ -104,7 +113,7 @@ def _front(rows: list[Row], objectives: list[str]) -> list[str]:
     where = "held-out samples" if rows and rows[0].held_out else "the search's own samples"
     lines = [f"The Pareto front on {where}, {' and '.join(objectives)}:"]
     for row in sorted(rows, key=lambda r: r.measured(objectives[0])):
-        lines.append(f"{_named(row)}: " + ", ".join(interval(row, name) for name in objectives))
+        lines.append(f"{row.name}: " + ", ".join(interval(row, name) for name in objectives))
     return lines
 
 
@@ -124,7 +133,7 @@ def _cost(rows: list[Row], entry: dict[str, Any]) -> list[str]:
     return [line + "."]
 
 
-def _winning_schedule(rows: list[Row], held: list[Row], judge: Judge) -> list[tuple[str, str]]:
+def _winning_schedule(rows: list[Row], judge: Judge) -> list[tuple[str, str]]:
     winner = best(rows, judge)
     if winner is None:
         return []
@@ -140,10 +149,6 @@ def _winning_schedule(rows: list[Row], held: list[Row], judge: Judge) -> list[tu
 
 def _same(rows: list[Row], other: Row) -> Row | None:
     return next((row for row in rows if row.data["key"] == other.data["key"]), None)
-
-
-def _named(row: Row) -> str:
-    return row.baseline or f"trial {row.data['number']}"
 
 
 def _samples(row: Row) -> str:

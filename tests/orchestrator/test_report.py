@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -13,10 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from dashboards.report import build
+from dashboards.report import build, samples
 from dashboards.report.view import Row
 from orchestrator.results import Results
+from orchestrator.store import Store
 
 Solvus = Callable[..., Any]
 EVIL = "<script>alert('x')</script><img src=http://evil.example/a.png>"
@@ -120,7 +124,7 @@ def test_half_a_study_shows_what_is_there_and_what_failed(root: Path) -> None:
     page = rendered(root)
     assert "Failed trials" in page.text and f"shard abc failed: {EVIL}" in page.text
     assert "running" in page.text
-    assert "Trials" in page.text and "What came out" in page.text
+    assert "Trials" in page.text and "What won" in page.text
     assert page.loads == []
 
 
@@ -131,7 +135,7 @@ def test_a_study_of_failures_only_has_a_page(root: Path) -> None:
 
     edit(root, broken)
     page = rendered(root)
-    assert "it broke" in page.text and "What came out" not in page.text
+    assert "it broke" in page.text and "What won" not in page.text
 
 
 def test_text_from_people_never_becomes_markup(root: Path) -> None:
@@ -177,10 +181,17 @@ def test_image_studies_show_the_same_samples_of_every_trial(solvus: Solvus, tmp_
     done = solvus("run", *argv, "search=grid", "search.space={solver:[ddim,euler]}", "tracker=none", f"root={tmp_path}")
     assert done.code == 0, done.out
     page = rendered(tmp_path, "pictures")
-    assert page.tags.count("img") == 2 * build.GRID_COLUMNS
     pictures = [target for target in page.loads if target.startswith("data:image/png;base64,")]
-    assert len(pictures) == 40
-    assert pictures[:20] == pictures[20:]  # DDIM without noise is Euler
+    assert len(pictures) == page.tags.count("img") == 2
+    assert pictures[0] == pictures[1]  # DDIM without noise is Euler
+    sheet = Image.open(io.BytesIO(base64.b64decode(pictures[0].split(",")[1]))).convert("L")
+    assert sheet.size == (8 * samples.GRID_COLUMNS, 8)
+    (first, *_) = Results(str(tmp_path), "pictures").trials()
+    (table,) = Store(tmp_path).read("rows", first["key"], 0, 20)
+    for i, item in enumerate(table["image"].to_pylist()):
+        kept = Image.open(io.BytesIO(item["bytes"]))
+        assert sheet.crop((8 * i, 0, 8 * i + 8, 8)).tobytes() == kept.tobytes()
+    assert "labels 0 1 2 3 4 5 6 7 8 9 0 1" in page.text
 
 
 def test_a_unified_solver_is_shown_by_its_preset_and_what_changed() -> None:
