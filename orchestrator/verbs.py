@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 from orchestrator.exits import COMPLETE, DEGRADED, FAILED, Terminated
 from orchestrator.export import export
+from orchestrator.verbs_figure import compare, figure
 from orchestrator.verbs_likelihood import likelihood
 from orchestrator.verbs_look import (
     doctor,
@@ -105,6 +107,7 @@ def run(args: Any) -> int:
     from orchestrator import config
     from orchestrator.ledger import Ledger
     from orchestrator.progress import Progress
+    from orchestrator.redact import redact
     from orchestrator.registries import executors, trackers
     from orchestrator.results import Results
     from orchestrator.store import Store
@@ -157,7 +160,7 @@ def run(args: Any) -> int:
         "wall_s": round(time.monotonic() - began, 2),
         **{name: round(value, 3) for name, value in ledger.summary().items()},
     }
-    results.save_state(str(summary["state"]), summary)
+    results.save_state(str(summary["state"]), summary | {"command": redact(_command(args))})
     path = write_report(study.root, study.name)
     tracker.close(
         {f"study/{name}": value for name, value in summary.items()},
@@ -174,6 +177,13 @@ def run(args: Any) -> int:
     ]
     emit(args, summary, "\n".join(lines))
     return FAILED if failed else DEGRADED if degraded else COMPLETE
+
+
+def _command(args: Any) -> str:
+    """What to type to launch it again."""
+    folders = [word for folder in args.config_dir for word in ("--config-dir", folder)]
+    frozen = ["--frozen", args.frozen] if args.frozen else []
+    return shlex.join(["solvus", "run", *frozen, *folders, *args.overrides])
 
 
 def _end(signum: int, frame: Any) -> None:
@@ -333,6 +343,8 @@ VERBS = {
     "plan": plan,
     "status": status,
     "report": report,
+    "figure": figure,
+    "compare": compare,
     "verify": verify,
     "gc": gc,
     "chaos": chaos,

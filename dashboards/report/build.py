@@ -29,8 +29,12 @@ def write(root: str, name: str) -> str:
     return f"{results.folder}/report.html"
 
 
-def sections(view: StudyView) -> list[Section]:
-    """Everything there is to say, in the order in which it is asked."""
+def sections(view: StudyView, pictures: bool = True) -> list[Section]:
+    """Everything there is to say, in the order in which it is asked; the samples themselves only where wanted."""
+    seen = (
+        ("the sample grids", lambda: samples.strips(view)),
+        ("the sample browser", lambda: samples.browser(view)),
+    )
     parts = (
         ("what won", lambda: won.section(view, search.answers(view))),
         ("what it cost", lambda: cost.section(view)),
@@ -39,8 +43,7 @@ def sections(view: StudyView) -> list[Section]:
         ("the searches", lambda: search.sections(view)),
         ("scaling", lambda: scaling.sections(view)),
         ("best of N", lambda: trials.candidates(view)),
-        ("the sample grids", lambda: samples.strips(view)),
-        ("the sample browser", lambda: samples.browser(view)),
+        *(seen if pictures else ()),
         ("the table of trials", lambda: trials.section(view)),
         ("failures", lambda: trials.troubles(view)),
         ("provenance", lambda: provenance.section(view)),

@@ -73,6 +73,16 @@ class Table:
             writer.writerow(["" if cell is None else cell for cell in cells])
         return sink.getvalue()
 
+    def text(self) -> str:
+        """Columns side by side, for a terminal."""
+        lines = [list(self.head), *self.shown()]
+        wide = [max(len(line[i]) for line in lines) for i in range(len(self.head))]
+        numbers = self.numeric()
+        return "\n".join(
+            "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, wide, numbers, strict=True)).rstrip()
+            for line in lines
+        )
+
     def latex(self) -> str:
         """A tabular of package booktabs."""
         columns = "".join("r" if number else "l" for number in self.numeric())

@@ -92,10 +92,11 @@ class Judge:
             other: the judge of b where it is a trial of another study.
         """
         first, stop = max(a.span[0], b.span[0]), min(sum(a.span), sum(b.span))
-        if stop - first > 1:
+        if stop - first > 1 and a.recipe.get("seed") == b.recipe.get("seed"):
             try:
                 pair = self._effects(a, first, stop), (other or self)._effects(b, first, stop)
-                return Difference(*measure.paired_difference(*pair), shared=stop - first)
+                value, error = measure.paired_difference(*pair)
+                return Difference(value, error, stop - first)
             except GONE:
                 pass
         error = math.hypot(a.error(self.name), b.error(self.name))
