@@ -12,7 +12,8 @@ from dashboards.report.view import Z95, Row, best_by_nfe
 
 def slug(text: str) -> str:
     """Text as a name of a file."""
-    return "".join(c if c.isalnum() else "_" for c in text).strip("_").lower()
+    words = "".join(c if c.isalnum() and c.isascii() else " " for c in text).lower().split()
+    return "_".join(words)[:80] or "figure"
 
 
 def _look(i: int) -> dict[str, str]:

@@ -67,7 +67,7 @@ def draw(chart: Chart) -> Any:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=SIZE, layout="tight")
+        figure = Figure(figsize=SIZE)
         axes = figure.subplots()
         axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
         if chart.log_x:
@@ -81,7 +81,7 @@ def draw(chart: Chart) -> Any:
             axes.minorticks_off()
         if len(chart.series) > 1:
             # A leading underscore would hide a name from the legend.
-            handles = axes.get_lines() and [line for line in axes.get_lines() if line.get_gid() == "series"]
+            handles = [line for line in axes.get_lines() if line.get_gid() == "series"]
             names = [series.label.lstrip("_") or "_" for series in chart.series if chart.points(series)]
             axes.legend(handles, names, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
     return figure
