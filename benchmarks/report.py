@@ -50,7 +50,7 @@ def synthesise(root: Path, trials: int, rows_each: int, name: str = "large") -> 
     searched = trials - trials // 20
     for number in range(trials):
         held_out = number >= searched
-        source = finished[number - searched].proposal.overrides if held_out else _overrides(number, generator)
+        source = finished[(number - searched) * 18].proposal.overrides if held_out else _overrides(number, generator)
         first = 2**20 if held_out else 0
         part = "search/held_out" if held_out else "search"
         trial = study.trial(number, Proposal({**source, "first_index": first}, part))

@@ -36,7 +36,7 @@ def sections(view: StudyView, pictures: bool = True) -> list[Section]:
         ("the sample browser", lambda: samples.browser(view)),
     )
     parts = (
-        ("what won", lambda: won.section(view, search.answers(view))),
+        ("what won", lambda: won.section(view, *search.answers(view))),
         ("what it cost", lambda: cost.section(view)),
         ("quality against cost", lambda: cost.fronts(view)),
         ("schedules", lambda: schedules.section(view)),
@@ -63,10 +63,28 @@ def render(view: StudyView) -> str:
         view=view,
         sections=found,
         draw=draw,
+        asked=_asked(view),
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         charts=_json([chart.plotly() for chart in charts]),
         browser=_json(browsers[0] if browsers else None),
         plotly=_plotly() if charts else "",
+    )
+
+
+def _asked(view: StudyView) -> str:
+    """What was asked, in a line: model, search, samples, metrics."""
+
+    def names(spec: Any) -> str:
+        return spec if isinstance(spec, str) else str((spec or {}).get("name", "unknown"))
+
+    config = view.config
+    if not config:
+        return ""
+    metrics = ", ".join(dict.fromkeys(names(spec) for spec in config.get("metrics") or [])) or "none"
+    samples_each = config.get("num_samples", "an unknown number of")
+    return (
+        f"Model {names(config.get('model'))}, search {names(config.get('search'))}, {samples_each} samples a trial "
+        f"where a trial says nothing else, seed {config.get('seed', 'unknown')}. Metrics: {metrics}."
     )
 
 

@@ -66,19 +66,22 @@ def _sum(rows: list[Row], name: str) -> float:
 def fronts(view: StudyView) -> list[Section]:
     """For every quality: the Pareto front of all trials, each solver's curve, and the front as a table."""
     found = []
-    pool = [row for row in view.complete if not row.stopped]
-    pool = [row for row in pool if row.held_out] or pool
-    single = compared(view.table)
+    whole = [row for row in view.complete if not row.stopped]
     for name in view.qualities:
-        same = _equal_counts([row for row in pool if row.value(name) is not None])
+        known = [row for row in whole if row.value(name) is not None]
+        held = _equal_counts([row for row in known if row.held_out])
+        own = _equal_counts([row for row in known if not row.held_out])
+        same = held if len({row.data["nfe"] for row in held}) > 1 else own
         if len({row.data["nfe"] for row in same}) < 2:
             continue
         front = pareto(same, name, view.is_lower(name))
         charts = [figures.pareto(same, front, name)]
-        if len({row.nfe for row in single if row.value(name) is not None}) > 1:
+        single = compared(same)
+        if len({row.nfe for row in single}) > 1:
             charts.append(figures.quality_against_nfe(single, name, view.is_lower(name)))
+        kind = "held-out samples" if same is held else "samples that a search chose by" if held else "samples"
         text = (
-            f"{name}, {view.better[name]} is better, on {same[0].span[1]:,} samples a trial: values at other numbers "
+            f"{name}, {view.better[name]} is better, on {same[0].span[1]:,} {kind} a trial: values at other numbers "
             "of samples are left out of the front, because they do not compare. Each solver is drawn with its best "
             "grid. Intervals are 95 %."
         )
@@ -89,7 +92,7 @@ def fronts(view: StudyView) -> list[Section]:
 def _equal_counts(rows: list[Row]) -> list[Row]:
     """Those trials with the commonest number of samples."""
     counts = Counter(row.span[1] for row in rows)
-    return [row for row in rows if row.span[1] == counts.most_common(1)[0][0]]
+    return [row for row in rows if row.span[1] == counts.most_common(1)[0][0]] if rows else []
 
 
 def pareto(rows: list[Row], name: str, lower: bool) -> list[Row]:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from dashboards.report import figures
 from dashboards.report.study import Section, StudyView
-from dashboards.report.view import Row
-from dashboards.report.won import Judge, interval
+from dashboards.report.table import Measured, Table
+from dashboards.report.view import Z95, Row
+from dashboards.report.won import Difference, Judge, holm, interval, measured
 from tasks.schedule import SolverSchedule
 
 
-def answers(view: StudyView) -> list[str]:
-    """What the searches came to, in sentences."""
-    lines = []
+def answers(view: StudyView) -> tuple[list[str], list[Table]]:
+    """What the searches came to: in sentences, and those with one objective as a table too."""
+    lines, verdicts = [], []
     found = list(_finished(view))
     for entry, rows, held, objectives in found:
         several = f"{_title(entry)}: " if len(found) > 1 else ""
-        said = (
-            _front(held or rows, objectives) if len(objectives) > 1 else _answer(rows, held, Judge(objectives[0], view))
-        )
+        if len(objectives) > 1:
+            said = _front(held or _undominated(rows, objectives, view), objectives)
+        elif (verdict := _judge(_title(entry), rows, held, Judge(objectives[0], view))) is not None:
+            verdicts.append(verdict)
+            said = _sentences(verdict)
+        else:
+            said = []
         lines += [several + line for line in said]
-    return lines
+    return lines, [_table(verdicts)] if verdicts else []
 
 
 def sections(view: StudyView) -> list[Section]:
@@ -71,42 +77,97 @@ def best(rows: list[Row], judge: Judge, baseline: bool | None = None) -> Row | N
     return judge.ranked(full)[0] if full else None
 
 
-def _answer(rows: list[Row], held: list[Row], judge: Judge) -> list[str]:
+@dataclass(frozen=True)
+class _Verdict:
+    """A search's winner beside the best baseline.
+
+    Attributes:
+        again, rival: the winner and the baseline on held-out samples, where they were measured there.
+        equal: the winner's held-out value on as many samples as it was chosen on: at other numbers a metric's own bias
+            would pass for optimism.
+        apart: winner minus baseline, held out where both were; None where the baseline won, or none was tried.
+    """
+
+    title: str
+    name: str
+    winner: Row
+    known: Row | None
+    again: Row | None
+    rival: Row | None
+    equal: float | None
+    apart: Difference | None
+
+    @property
+    def optimism(self) -> float | None:
+        """How much the choice flattered itself: held-out minus chosen-on value."""
+        return None if self.equal is None else self.equal - self.winner.measured(self.name)
+
+
+def _judge(title: str, rows: list[Row], held: list[Row], judge: Judge) -> _Verdict | None:
     winner, known = best(rows, judge), best(rows, judge, baseline=True)
     if winner is None:
-        return []
-    lines = [f"The winner is {winner.name}: {interval(winner, judge.name)} on the {_samples(winner)} it was chosen on."]
-    again = _same(held, winner)
-    if again is not None:
-        lines.append(f"On held-out samples it has {interval(again, judge.name)} ({_samples(again)}).")
-        # At equal sample counts, or the metric's own bias would pass for optimism.
-        equal = judge.on_first(again, winner.span[1])
-        if equal is None:
+        return None
+    again, rival = _same(held, winner), None if known is None else _same(held, known)
+    equal = None if again is None else judge.on_first(again, winner.span[1])
+    apart = None
+    if known is not None and known is not winner:
+        both = (again, rival) if again is not None and rival is not None else (winner, known)
+        apart = judge.difference(*both)
+    return _Verdict(title, judge.name, winner, known, again, rival, equal, apart)
+
+
+def _sentences(v: _Verdict) -> list[str]:
+    winner, name = v.winner, v.name
+    lines = [f"The winner is {winner.name}: {interval(winner, name)} on the {_samples(winner)} it was chosen on."]
+    if v.again is not None:
+        lines.append(f"On held-out samples it has {interval(v.again, name)} ({_samples(v.again)}).")
+        if v.again.span[1] < winner.span[1]:
             lines.append(
                 f"It was measured on fewer than the {_samples(winner)} that it was chosen on, so the optimism of the "
                 "choice is not known: set search.held_out to as many or more."
             )
+        elif v.optimism is None:
+            lines.append("Its held-out rows cannot be read, so the optimism of the choice is not known.")
         else:
-            gap = equal - winner.measured(judge.name)
             lines.append(
-                f"The optimism of the choice is {gap:+.3g}: {equal:.3f} on the first {_samples(winner)} of the "
-                f"held-out ones, against {winner.measured(judge.name):.3f} on those it was chosen on."
+                f"The optimism of the choice is {v.optimism:+.3g}: {v.equal:.3f} on the first {_samples(winner)} of "
+                f"the held-out ones, against {winner.measured(name):.3f} on those it was chosen on."
             )
-    if known is None:
-        return [*lines, "No baseline was tried: set search.baselines=stock."]
-    rival = _same(held, known)
-    if known is winner:
+    if v.known is None:
+        lines.append("No baseline was tried: set search.baselines=stock.")
+    elif v.apart is None:
         lines.append("No proposal beat the best baseline.")
-    elif again is not None and rival is not None:
-        lines.append(
-            f"Against the best baseline ({known.baseline}; held out {interval(rival, judge.name)}): "
-            f"{judge.difference(again, rival)}."
-        )
+    elif v.again is not None and v.rival is not None:
+        lines.append(f"Against the best baseline ({v.known.baseline}; held out {interval(v.rival, name)}): {v.apart}.")
     else:
-        lines.append(
-            f"Against the best baseline ({known.baseline}): {judge.difference(winner, known)}, on its own samples."
-        )
+        lines.append(f"Against the best baseline ({v.known.baseline}): {v.apart}, on its own samples.")
     return lines
+
+
+def _table(verdicts: list[_Verdict]) -> Table:
+    corrected = iter(holm([v.apart.p for v in verdicts if v.apart is not None]))
+    rows = []
+    for v in verdicts:
+        gap = None if v.apart is None else Measured(v.apart.value, Z95 * v.apart.error, signed=True)
+        cells: list[Any] = [v.title, v.name, v.winner.name, measured(v.winner, v.name), v.winner.span[1]]
+        cells += [None, None] if v.again is None else [measured(v.again, v.name), v.again.span[1]]
+        cells += [None if v.optimism is None else Measured(v.optimism, signed=True)]
+        cells += [v.known.baseline if v.known else None, gap, None if v.apart is None else next(corrected)]
+        rows.append(cells)
+    head = ["search", "value", "winner", "chosen on", "samples", "held out", "held-out samples", "optimism",
+            "best baseline", "winner minus it", "p (Holm)"]  # fmt: skip
+    return Table("searches", "Winners of the searches", head, rows)
+
+
+def _undominated(rows: list[Row], objectives: list[str], view: StudyView) -> list[Row]:
+    """The trials that no other one that went all the way is as good as in all objectives and better in one."""
+    full = [row for row in rows if not row.stopped]
+    points = [[row.measured(n) * (1 if view.is_lower(n) else -1) for n in objectives] for row in full]
+
+    def is_beaten(p: list[float]) -> bool:
+        return any(q != p and all(a <= b for a, b in zip(q, p, strict=True)) for q in points)
+
+    return [row for row, p in zip(full, points, strict=True) if not is_beaten(p)]
 
 
 def _front(rows: list[Row], objectives: list[str]) -> list[str]:

@@ -17,10 +17,10 @@ from orchestrator.plan import aside
 from tasks import registry
 
 
-def section(view: StudyView, answers: Sequence[str] = ()) -> list[Section]:
-    """Sentences, and the winner at every cost as a table; empty without a complete trial and a quality."""
+def section(view: StudyView, answers: Sequence[str] = (), tables: Sequence[Table] = ()) -> list[Section]:
+    """The answers of the searches, then the winner at every cost; empty without a complete trial and a quality."""
     if not view.qualities or not view.complete:
-        return [Section("What won", lines=answers)] if answers else []
+        return [Section("What won", lines=answers, tables=tables)] if answers else []
     name = view.qualities[0]
     judge = Judge(name, view)
     pool = [row for row in compared(view.table) if row.value(name) is not None]
@@ -30,7 +30,7 @@ def section(view: StudyView, answers: Sequence[str] = ()) -> list[Section]:
         f"Judged by {name} ({view.better[name]} is better). Intervals are 95 %, from the infinitesimal jackknife over "
         "samples; p is of the two-sided test of the difference, by Holm's method for all rows of the table together."
     )
-    return [Section("What won", text, lines, [t for t in [_table(places, judge)] if t])]
+    return [Section("What won", text, lines, [t for t in [*tables, _table(places, judge)] if t])]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,3 +165,12 @@ def test_rows_in_quarantine_are_not_among_them(digits: Path, tmp_path: Path) -> 
     store.quarantine(key, 5, "it killed its worker")
     left = study.rows(columns=["sample_id", "ink"], where=[("trial", "==", 0)])
     assert left.to_pylist() == [row for row in whole.to_pylist() if row["sample_id"] != 5]
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "report.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "docs/report.md", "exec"), {})

@@ -18,6 +18,8 @@ import pytest
 from PIL import Image
 
 from dashboards.report import build, samples
+from dashboards.report import search as search_report
+from dashboards.report.study import open_view
 from dashboards.report.view import Row
 from orchestrator.results import Results
 from orchestrator.store import Store
@@ -222,6 +224,10 @@ def test_a_search_is_answered_on_held_out_samples_with_its_optimism_at_equal_cou
     assert f"The winner is trial {best['number']}: {chosen:.3f}" in text
     assert f"The optimism of the choice is {fresh - chosen:+.3g}: {fresh:.3f} on the first 64 samples" in text
     assert "Against the best baseline (baseline 1; held out" in text and "(paired)" in text
+    ((table,), name) = search_report.answers(open_view(str(tmp_path), "found"))[1], f"trial {best['number']}"
+    cells = dict(zip(table.head, table.rows[0], strict=True))
+    assert (cells["winner"], cells["samples"], cells["held-out samples"]) == (name, 64, 256)
+    assert cells["optimism"].value == pytest.approx(fresh - chosen) and cells["best baseline"] == "baseline 1"
 
 
 # --- scaling ---------------------------------------------------------------------------------------------------------

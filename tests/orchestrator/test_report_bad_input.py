@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +156,22 @@ def test_rows_in_quarantine_are_listed_with_their_reasons(root: Path) -> None:
     edit(root, lambda table: [row | {"quarantined": json.dumps({"9": EVIL})} for row in table])
     text = page(root)
     assert "Quarantined rows" in text and "&lt;img src=http" in text and "<img src=http" not in text
+
+
+def test_the_command_line_writes_the_page_of_a_damaged_study(root: Path, solvus: Callable[..., Any]) -> None:
+    (root / "studies" / "tiny" / "study.json").write_bytes(b"{damaged")
+    done = solvus("report", "name=tiny", f"root={root}", "--json")
+    assert done.code == 0 and "damaged" in Path(done.data["report"]).read_text()
+
+
+def test_the_command_of_the_provenance_runs_and_makes_nothing_twice(root: Path, solvus: Callable[..., Any]) -> None:
+    command = html.unescape(re.findall(r"Again, exactly: (solvus run .*?)</li>", page(root))[0])
+    path = root / "studies" / "tiny" / "study.json"
+    path.write_text(path.read_text().replace(json.dumps(json.loads(path.read_text())["root"]), json.dumps(str(root))))
+    done = solvus(*shlex.split(command)[1:], "--json")
+    assert done.code == 0, done.err
+    assert done.data["samples_made"] == 0 and done.data["samples_reused"] == 256
+    assert f"Last launched by: {command}" in html.unescape(page(root))
 
 
 def test_a_study_that_is_not_there_is_an_error_and_not_a_page(root: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dashboards.report import build, cost, samples, svg, won
+from dashboards.report import build, cost, samples, search, svg, won
 from dashboards.report.chart import Chart, Series
 from dashboards.report.study import open_view
 from dashboards.report.table import Measured, Table
@@ -66,6 +66,16 @@ def test_the_front_is_what_no_trial_beats_in_both(points: list[tuple[int, int]],
     for nfe, q in points:
         beaten = any(n <= nfe and sign * v <= sign * q and (n, v) != (nfe, q) for n, v in points)
         assert ((nfe, float(q)) in found) == (not beaten)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=10))
+def test_what_is_undominated_in_two_objectives_is_what_none_beats(points: list[tuple[int, int]]) -> None:
+    view = SimpleNamespace(is_lower=lambda name: name == "a")
+    rows = [Row({"value/a": float(a), "value/b": float(b), "number": 0}) for a, b in points]
+    found = {(row.value("a"), row.value("b")) for row in search._undominated(rows, ["a", "b"], view)}  # type: ignore[arg-type]
+    for a, b in points:
+        beaten = any(c <= a and d >= b and (c, d) != (a, b) for c, d in points)
+        assert ((a, b) in found) == (not beaten)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
