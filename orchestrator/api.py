@@ -143,7 +143,10 @@ class OpenStudy:
         self, data: dict[str, Any], columns: Sequence[str] | None, where: Sequence[Condition]
     ) -> pa.Table | None:
         key, first = data["key"], data["first_index"]
-        recipe = Recipe(**self.store.get_json("recipes", key))
+        spec = self.store.get_json("recipes", key)
+        if spec is None:
+            raise KeyError(f"the store does not know recipe {key}. Run the study again to make its rows.")
+        recipe = Recipe(**spec)
         scorers = {spec["name"]: spec for spec in measure.scorers(self.config.get("metrics") or [])}
         stop = first + data["num_samples"]
         schema = self._schema(key)

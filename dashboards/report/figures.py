@@ -16,7 +16,7 @@ def slug(text: str) -> str:
     return "_".join(words)[:80] or "figure"
 
 
-def _look(i: int) -> dict[str, str]:
+def _look(i: int) -> dict[str, Any]:
     return {"colour": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i % len(SYMBOLS)]}
 
 
