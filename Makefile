@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # cpu, cuda, or auto: a CUDA build where an NVIDIA driver answers, the small CPU build elsewhere.
 TORCH ?= auto
 
-.PHONY: run test setup check format test-slow test-gpu chaos bench docs constraints clean
+.PHONY: run test setup check format test-slow test-gpu chaos browser bench docs constraints clean
 
 run: setup
 	$(BIN)/solvus run study=quickstart cluster=ray
@@ -41,10 +41,17 @@ chaos: setup
 	$(BIN)/solvus chaos
 	$(BIN)/python -m pytest -m "chaos"
 
+browser: setup
+	$(BIN)/python -m pytest tests/orchestrator/test_report_browser.py
+
 bench: setup
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.solvers --part overhead
 	$(BIN)/python -m benchmarks.solvers --part published
+	$(BIN)/python -m benchmarks.search --part overhead --quick
+	$(BIN)/python -m benchmarks.metrics --quick
+	$(BIN)/python -m benchmarks.pipelines
+	$(BIN)/python -m benchmarks.report
 
 docs: setup
 	$(BIN)/python scripts/methods.py

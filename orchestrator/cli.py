@@ -60,6 +60,14 @@ def parser() -> argparse.ArgumentParser:
     submit.add_argument("--attach", action="store_true", help="if the study already runs there, follow it")
     verb("status", "where the studies of a root stand", True)
     verb("report", "rebuild a study's report from the store", True)
+    figure = verb("figure", "a finished study's figures and tables as files for a paper", True)
+    figure.usage = "solvus figure [-h] [--json] [--format KINDS] STUDY --out DIR [KEY=VALUE ...]"
+    figure.add_argument("--out", metavar="DIR", required=True, help="a folder; what is there is replaced")
+    compare = verb("compare", "two finished studies, paired where they share samples", True)
+    compare.usage = "solvus compare [-h] [--json] [--format KINDS] [--out DIR] A B [KEY=VALUE ...]"
+    compare.add_argument("--out", metavar="DIR", help="also write the tables and figures here")
+    for drawn in (figure, compare):
+        drawn.add_argument("--format", default="pdf,svg", metavar="KINDS", help="of pdf, svg, png (default pdf,svg)")
     verify = verb("verify", "read every byte in the store and say what is wrong", True)
     verify.add_argument("--withdraw", action="store_true", help="withdraw what is damaged, so that it is made again")
     gc = verb("gc", "remove orphans from the store: what no commit record names", True)

@@ -140,6 +140,16 @@ class Store:
                 self.files.delete(f"{folder}/{name}")
         return sorted(records, key=lambda r: (r.start, -r.stop))
 
+    def first_record(self, kind: str, key: str) -> Record | None:
+        """The record of a key's first range, read alone; None where there is none. For who made rows, not for them.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        folder = self.folder(kind, key)
+        names = sorted(name for name, _ in self.files.entries(folder) if name.endswith(".json") and name[0] != ".")
+        return Record.from_bytes(self.files.read(f"{folder}/{names[0]}")) if names else None
+
     def _is_sound(self, folder: str, name: str) -> bool:
         """Whether a record, looked at again, names a file that is there in full."""
         try:

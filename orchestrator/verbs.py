@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 from orchestrator.exits import COMPLETE, DEGRADED, FAILED, Terminated
 from orchestrator.export import export
+from orchestrator.verbs_figure import compare, figure
 from orchestrator.verbs_likelihood import likelihood
 from orchestrator.verbs_look import (
     doctor,
@@ -103,17 +105,34 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
 def run(args: Any) -> int:
     """``solvus run``."""
     from orchestrator import config
-    from orchestrator.ledger import Ledger
-    from orchestrator.progress import Progress
-    from orchestrator.registries import executors, trackers
-    from orchestrator.results import Results
-    from orchestrator.store import Store
-    from orchestrator.study import run as run_study
 
     _log_to_stderr()
     study = config.load(args.frozen) if args.frozen else _study(args)
     if study is None:
         return COMPLETE
+    summary, lines = launch(study, _command(args))
+    emit(args, summary, "\n".join(lines))
+    return {"failed": FAILED, "degraded": DEGRADED}.get(summary["state"], COMPLETE)
+
+
+def launch(study: Any, command: str) -> tuple[dict[str, Any], list[str]]:
+    """Run a study to its end, and write its tables, its state and its report.
+
+    Args:
+        study: what ``config.study`` returns.
+        command: what to type to launch it again, for the report.
+
+    Returns:
+        what came of it, as plain data and in lines for people.
+    """
+    from orchestrator.ledger import Ledger
+    from orchestrator.progress import Progress
+    from orchestrator.redact import redact
+    from orchestrator.registries import executors, trackers
+    from orchestrator.results import Results
+    from orchestrator.store import Store
+    from orchestrator.study import run as run_study
+
     store = Store(study.root)
     results = Results(study.root, study.name)
     foreseen = _foreseen(study, store)
@@ -157,7 +176,7 @@ def run(args: Any) -> int:
         "wall_s": round(time.monotonic() - began, 2),
         **{name: round(value, 3) for name, value in ledger.summary().items()},
     }
-    results.save_state(str(summary["state"]), summary)
+    results.save_state(str(summary["state"]), summary | {"command": redact(command)})
     path = write_report(study.root, study.name)
     tracker.close(
         {f"study/{name}": value for name, value in summary.items()},
@@ -172,8 +191,14 @@ def run(args: Any) -> int:
         *(f"  degraded {trial.title}: rows {list(trial.quarantined)} are quarantined" for trial in degraded),
         f"report: {path}",
     ]
-    emit(args, summary, "\n".join(lines))
-    return FAILED if failed else DEGRADED if degraded else COMPLETE
+    return summary, lines
+
+
+def _command(args: Any) -> str:
+    """What to type to launch it again."""
+    folders = [word for folder in args.config_dir for word in ("--config-dir", folder)]
+    frozen = ["--frozen", args.frozen] if args.frozen else []
+    return shlex.join(["solvus", "run", *frozen, *folders, *args.overrides])
 
 
 def _end(signum: int, frame: Any) -> None:
@@ -336,6 +361,8 @@ VERBS = {
     "plan": plan,
     "status": status,
     "report": report,
+    "figure": figure,
+    "compare": compare,
     "verify": verify,
     "gc": gc,
     "chaos": chaos,

@@ -75,9 +75,6 @@ def report(args: Any) -> int:
     root, name = root_and_name(args)
     if name is None:
         raise ValueError("report needs a study: solvus report study=NAME")
-    from orchestrator.results import Results
-
-    Results(root, name).study()
     path = write_report(root, name)
     emit(args, {"report": path}, path)
     return COMPLETE

@@ -8,25 +8,25 @@ from typing import Any
 import numpy as np
 
 from dashboards.report import figures
-from dashboards.report.findings import interval
+from dashboards.report.study import GONE, Section, StudyView
 from dashboards.report.view import TOLERANCE, Row, cost, costs, unequal
+from dashboards.report.won import interval
 from orchestrator import rows
-from orchestrator.store import CorruptShard, Store
 from tasks import registry
 from tasks.estimators import Estimate, best_of_k, best_split, fit_scaling, jackknife, pass_at_k
 
 
-def sections(table: list[Row], names: list[str], store: Store) -> list[dict[str, Any]]:
+def sections(view: StudyView) -> list[Section]:
     """Empty unless some trial has another strategy than ``single``."""
-    done = [row for row in table if row.complete and not row.stopped]
+    done = [row for row in view.complete if not row.stopped]
     if all(row.recipe["strategy"]["name"] == "single" for row in done):
         return []
-    found = [_compared(done, names)] if len(done) > 1 else []
-    pools = [(row, pool) for row in done if (pool := _pool(row, store)) is not None]
+    found = [_compared(done, view.names)] if len(done) > 1 else []
+    pools = [(row, pool) for row in done if (pool := _pool(row, view)) is not None]
     return found + ([_curves(pools)] if pools else [])
 
 
-def _compared(done: list[Row], names: list[str]) -> dict[str, Any]:
+def _compared(done: list[Row], names: list[str]) -> Section:
     """Trials in groups of equal evaluations a sample, best first reward first; what else they cost."""
     rewards = [name for name in names if name.startswith("reward/")]
     lines = []
@@ -39,7 +39,7 @@ def _compared(done: list[Row], names: list[str]) -> dict[str, Any]:
             warning = unequal(ranked[0], row)
             lines.append(line + (f" {warning}." if warning else ""))
     text = "Strategies at equal network evaluations a sample; a warning says what other cost differs by more than 5 %."
-    return {"title": "Strategies at equal cost", "text": text, "lines": lines, "plots": []}
+    return Section("Strategies at equal cost", text, lines)
 
 
 def groups(done: Sequence[Row]) -> list[list[Row]]:
@@ -53,25 +53,26 @@ def groups(done: Sequence[Row]) -> list[list[Row]]:
     return found
 
 
-def _pool(row: Row, store: Store) -> np.ndarray | None:
+def _pool(row: Row, view: StudyView) -> np.ndarray | None:
     """The rewards of all candidates of each sample, (P, N), where these were drawn independently and are all there."""
     if row.recipe["strategy"]["name"] != "best_of_n" or row.particles < 2:
         return None
     first, count = row.span
     try:
-        parts = list(store.read("rows", row.data["key"], first, first + count, ["candidate_rewards"]))
-    except (KeyError, CorruptShard):
+        parts = list(view.store.read("rows", row.data["key"], first, first + count, ["candidate_rewards"]))
+    except GONE:
         return None  # quarantined or collected meanwhile
     return np.concatenate([rows.to_numpy(part["candidate_rewards"]) for part in parts])
 
 
-def _curves(pools: list[tuple[Row, np.ndarray]]) -> dict[str, Any]:
+def _curves(pools: list[tuple[Row, np.ndarray]]) -> Section:
     """Best of k and pass@k of every pool, its law, and the best split of each budget over the pools."""
     best: dict[str, list[tuple[int, Estimate]]] = {}
     passed: dict[str, list[tuple[int, Estimate]]] = {}
     lines: list[str] = []
     arms: dict[str, np.ndarray] = {}
     spent: dict[str, float] = {}
+    laws: dict[str, Any] = {}
     for row, pool in pools:
         n, label = pool.shape[1], f"{row.solver}, {row.grid}, {row.nfe:g} evaluations a candidate"
         if label in arms and arms[label].shape[1] >= n:
@@ -82,6 +83,7 @@ def _curves(pools: list[tuple[Row, np.ndarray]]) -> dict[str, Any]:
         arms[label], spent[label] = pool, float(row.nfe)
         if len(ks) >= 4:
             fit = fit_scaling(ks, np.stack([each[k] for k in ks], axis=1))
+            laws[label] = fit
             (low, high), power = fit.intervals["limit"], fit.intervals["power"]
             lines.append(
                 f"{label}: best of k follows {fit.limit:.3g} - {fit.gain:.3g} k^-{fit.power:.2g} (limit {low:.3g} to "
@@ -103,13 +105,11 @@ def _curves(pools: list[tuple[Row, np.ndarray]]) -> dict[str, Any]:
                 f"{found.estimate.value:.4g} ± {1.96 * found.estimate.error:.2g} on samples that did not choose it "
                 f"({chosen:.0f} % of the choices)."
             )
-    plots = [figures.curves(best, "best of k", "expected reward of the best of k")]
+    charts = [figures.curves("best_of_k", best, "best of k", "expected reward of the best of k", laws)]
     if passed:
-        plots.append(figures.curves(passed, "pass@k", "probability that one of k passes"))
-    return {
-        "title": "What candidates buy",
-        "text": "Unbiased estimates from all subsets of each pool of candidates, with 95 % intervals over samples. The "
-        "reward that selects always rises: see the other rewards too.",
-        "lines": lines,
-        "plots": [figure.to_html(full_html=False, include_plotlyjs=False) for figure in plots],
-    }
+        charts.append(figures.curves("pass_at_k", passed, "pass@k", "probability that one of k passes"))
+    text = (
+        "Unbiased estimates from all subsets of each pool of candidates, with 95 % intervals over samples. The reward "
+        "that selects always rises: see the other rewards too."
+    )
+    return Section("What candidates buy", text, lines, charts=charts)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 Z95 = 1.96
+
+# What a trial table of another version may lack.
+DEFAULTS: dict[str, Any] = {
+    "number": -1, "part": "", "state": "unknown", "reason": "", "quarantined": "{}", "title": "", "overrides": "{}",
+    "recipe": "{}", "times": "[]", "key": "", "first_index": 0, "num_samples": 0, "nfe": 0, "commit": "",
+}  # fmt: skip
+KINDS = ("model", "solver", "times", "guidance", "strategy")
 
 
 @dataclass(frozen=True)
@@ -16,12 +25,17 @@ class Row:
 
     data: dict[str, Any]
 
-    @property
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Row:
+        """A row of the stored table; what it lacks is filled with what says so."""
+        return cls(DEFAULTS | {name: value for name, value in data.items() if value is not None})
+
+    @cached_property
     def recipe(self) -> dict[str, Any]:
         """The recipe's specs."""
-        return json.loads(self.data["recipe"])
+        return {kind: {"name": "unknown"} for kind in KINDS} | json.loads(self.data["recipe"])
 
-    @property
+    @cached_property
     def times(self) -> list[float]:
         """The time grid."""
         return json.loads(self.data["times"])
@@ -31,7 +45,7 @@ class Row:
         """Solver by the name people know it by."""
         spec = self.recipe["solver"]
         if spec["name"] == "diffusers":
-            return spec["scheduler"].removesuffix("Scheduler").removesuffix("Multistep").removesuffix("Discrete")
+            return str(spec["scheduler"]).removesuffix("Scheduler").removesuffix("Multistep").removesuffix("Discrete")
         if spec["name"] == "unified":
             name = spec["preset"] if spec.get("steps") is None else "own schedule"
             changed = [str(spec[key]) for key in ("max_order", "corrector", "kappa") if spec.get(key) is not None]
@@ -93,6 +107,22 @@ class Row:
         return self.data["first_index"], self.data["num_samples"]
 
     @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.baseline or f"trial {self.data['number']}"
+
+    @property
+    def label(self) -> str:
+        """What it is, in a few words."""
+        several = f", {self.strategy}" if self.recipe["strategy"]["name"] not in ("single", "unknown") else ""
+        return f"{self.name}: {self.solver}, {self.grid}, {self.data['nfe']:g} evaluations{several}"
+
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """Rows that were set aside, by index, with reasons."""
+        return json.loads(self.data["quarantined"])
+
+    @property
     def complete(self) -> bool:
         """Whether it has values."""
         return self.data["state"] in ("complete", "degraded")
@@ -103,8 +133,9 @@ class Row:
         return str(self.data["part"]).endswith("held_out")
 
     def value(self, name: str) -> float | None:
-        """A value of the trial."""
-        return self.data.get(f"value/{name}")
+        """A value of the trial; None where it has none, or one that is not a number."""
+        found = self.data.get(f"value/{name}")
+        return found if found is not None and math.isfinite(found) else None
 
     def measured(self, name: str) -> float:
         """A value that is known to be there."""

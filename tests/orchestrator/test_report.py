@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -13,9 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from dashboards.report import build
-from dashboards.report.findings import findings
+from dashboards.report import build, samples
+from dashboards.report import search as search_report
+from dashboards.report.study import open_view
 from dashboards.report.view import Row
 from orchestrator.results import Results
 from orchestrator.store import Store
@@ -122,7 +126,7 @@ def test_half_a_study_shows_what_is_there_and_what_failed(root: Path) -> None:
     page = rendered(root)
     assert "Failed trials" in page.text and f"shard abc failed: {EVIL}" in page.text
     assert "running" in page.text
-    assert "Trials" in page.text and "What came out" in page.text
+    assert "Trials" in page.text and "What won" in page.text
     assert page.loads == []
 
 
@@ -133,7 +137,7 @@ def test_a_study_of_failures_only_has_a_page(root: Path) -> None:
 
     edit(root, broken)
     page = rendered(root)
-    assert "it broke" in page.text and "What came out" not in page.text
+    assert "it broke" in page.text and "What won" not in page.text
 
 
 def test_text_from_people_never_becomes_markup(root: Path) -> None:
@@ -179,10 +183,17 @@ def test_image_studies_show_the_same_samples_of_every_trial(solvus: Solvus, tmp_
     done = solvus("run", *argv, "search=grid", "search.space={solver:[ddim,euler]}", "tracker=none", f"root={tmp_path}")
     assert done.code == 0, done.out
     page = rendered(tmp_path, "pictures")
-    assert page.tags.count("img") == 2 * build.GRID_COLUMNS
     pictures = [target for target in page.loads if target.startswith("data:image/png;base64,")]
-    assert len(pictures) == 40
-    assert pictures[:20] == pictures[20:]  # DDIM without noise is Euler
+    assert len(pictures) == page.tags.count("img") == 2
+    assert pictures[0] == pictures[1]  # DDIM without noise is Euler
+    sheet = Image.open(io.BytesIO(base64.b64decode(pictures[0].split(",")[1]))).convert("L")
+    assert sheet.size == (8 * samples.GRID_COLUMNS, 8)
+    (first, *_) = Results(str(tmp_path), "pictures").trials()
+    (table,) = Store(tmp_path).read("rows", first["key"], 0, 20)
+    for i, item in enumerate(table["image"].to_pylist()):
+        kept = Image.open(io.BytesIO(item["bytes"]))
+        assert sheet.crop((8 * i, 0, 8 * i + 8, 8)).tobytes() == kept.tobytes()
+    assert "labels 0 1 2 3 4 5 6 7 8 9 0 1" in page.text
 
 
 def test_a_unified_solver_is_shown_by_its_preset_and_what_changed() -> None:
@@ -213,6 +224,10 @@ def test_a_search_is_answered_on_held_out_samples_with_its_optimism_at_equal_cou
     assert f"The winner is trial {best['number']}: {chosen:.3f}" in text
     assert f"The optimism of the choice is {fresh - chosen:+.3g}: {fresh:.3f} on the first 64 samples" in text
     assert "Against the best baseline (baseline 1; held out" in text and "(paired)" in text
+    ((table,), name) = search_report.answers(open_view(str(tmp_path), "found"))[1], f"trial {best['number']}"
+    cells = dict(zip(table.head, table.rows[0], strict=True))
+    assert (cells["winner"], cells["samples"], cells["held-out samples"]) == (name, 64, 256)
+    assert cells["optimism"].value == pytest.approx(fresh - chosen) and cells["best baseline"] == "baseline 1"
 
 
 # --- scaling ---------------------------------------------------------------------------------------------------------
@@ -246,32 +261,3 @@ def test_a_report_of_strategies_says_at_which_cost_and_draws_what_candidates_buy
     assert "Costs differ:" in page and "against 0 reward calls" in page
     assert "pass@k" in page and "Best split of 16 evaluations: best of" in page
     assert "best of k follows" in page
-
-
-def test_the_best_is_compared_with_all_others_after_a_correction_for_their_number(tmp_path: Path) -> None:
-    def row(key: str, value: float, error: float) -> Row:
-        recipe = {"solver": {"name": key, "preset": "x"}, "times": {"name": "uniform"}, "strategy": {"name": "single"}}
-        return Row(
-            {"recipe": json.dumps(recipe), "key": key, "first_index": 0, "num_samples": 64, "nfe": 4,
-             "state": "complete", "part": "", "value/quality/frechet": value, "se/quality/frechet": error}
-        )  # fmt: skip
-
-    table = [row("euler", 1.0, 0.1), row("ddim", 1.32, 0.1), row("heun", 3.0, 0.1)]
-    config = {"metrics": [{"name": "frechet", "features": "identity"}]}
-    (line,) = findings(table, ["quality/frechet"], {"quality/frechet": "lower"}, Store(tmp_path), config)
-    # 1.32 is 2.26 standard errors away: p = 0.024, and Holm multiplies the larger of two p-values by 1.
-    assert "Of 2 others, 2 differ from it at the 5 % level (Holm's correction)" in line
-    table.append(row("dpmpp_2m", 1.29, 0.1))  # p = 0.040; now 0.024 is multiplied by 2 and stays, 0.040 by 1
-    table.append(row("unified", 1.3, 0.1))  # p = 0.034; now 0.024 is multiplied by 3, which none of the three passes
-    (line,) = findings(table, ["quality/frechet"], {"quality/frechet": "lower"}, Store(tmp_path), config)
-    assert "Of 4 others, 1 differ" in line
-
-
-def test_a_picture_says_which_prompt_or_label_it_answers() -> None:
-    import pyarrow as pa
-
-    from dashboards.report.build import _captions
-
-    asked = {"prompt": ["a fox", "the sea"], "prompt_id": ["7", "8"], "group": ["animals", ""]}
-    assert _captions(pa.table(asked)) == ["prompt 7 (animals): a fox", "prompt 8: the sea"]
-    assert _captions(pa.table({"label": [3, -1]})) == ["label 3", "label -1"]
