@@ -136,6 +136,8 @@ class ScalingFit:
     Attributes:
         limit, gain, power: of the law; ``limit`` is where it goes, not where it has been seen to go.
         intervals: name of a parameter -> 95 % interval from resampled prompts; empty without any.
+        misfit: root mean square distance of the law from the mean values, in standard errors of these: about 1 or less
+            where it describes what was seen; NaN where there is one value an amount.
         x_low, x_high: range of the fit; outside it the law is an extrapolation.
     """
 
@@ -143,6 +145,7 @@ class ScalingFit:
     gain: float
     power: float
     intervals: Mapping[str, tuple[float, float]]
+    misfit: float
     x_low: float
     x_high: float
 
@@ -190,7 +193,12 @@ def fit_scaling(x: Sequence[float], y: np.ndarray, resamples: int = 200, seed: i
         ends = np.quantile(np.array(draws), [0.025, 0.975], axis=0)
         names = ("limit", "gain", "power")
         intervals = {name: (float(ends[0, i]), float(ends[1, i])) for i, name in enumerate(names)}
-    return ScalingFit(*found, intervals, float(amounts.min()), float(amounts.max()))
+    misfit = float("nan")
+    if len(table) > 1:
+        off = table.mean(axis=0) - (found[0] - found[1] * amounts ** -found[2])
+        errors = table.std(axis=0, ddof=1) / np.sqrt(len(table))
+        misfit = float(np.sqrt(np.mean((off / np.maximum(errors, 1e-300)) ** 2)))
+    return ScalingFit(*found, intervals, misfit, float(amounts.min()), float(amounts.max()))
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,9 @@ def test_a_power_law_is_found_again_with_intervals_around_it():
     for name, value in (("limit", 2.0), ("gain", 1.5), ("power", 0.7)):
         low, high = noisy.intervals[name]
         assert low < value < high
+    assert noisy.misfit < 1.5 and np.isnan(exact.misfit)
+    steps = np.array([0.0, 0.0, 0.0, 1.0, 1.0, 1.0]) + 0.1 * np.random.default_rng(5).normal(size=(400, 6))
+    assert fit_scaling(x, steps).misfit > 5  # no power law, and it shows
 
 
 def test_the_best_split_moves_to_longer_runs_as_the_budget_grows_and_reports_no_luck():
