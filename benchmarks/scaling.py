@@ -138,6 +138,7 @@ def main() -> None:
         __doc__ or "",
         ("--part", {"choices": PARTS, "help": "measure only this (the table only when asked for)"}),
         ("--only", {"choices": [*ARMS, *MEASURED], "help": "only this strategy's cells"}),
+        ("--only-kept", {"action": "store_true", "help": "write the page from the cells that are there"}),
         ("--samples", {"type": int, "default": 128, "help": "samples of a cell of the table"}),
         ("--keep", {"help": "folder that keeps studies and cells"}),
     )
@@ -152,7 +153,7 @@ def main() -> None:
             cells(kept, ["ink"], args.only, (64,), 80)
             print(page(kept))
         else:
-            cells(kept, list(BLOCKS), args.only, BUDGETS, args.samples)
+            cells(kept, list(BLOCKS) if not args.only_kept else [], args.only, BUDGETS, args.samples)
             (ROOT / "docs" / "scaling_table.md").write_text(page(kept) + f"\nCommit {commit()}.\n")
         found.append(Figure("cells", len(kept.all()), "cells", "higher"))
     publish(found, args.json)

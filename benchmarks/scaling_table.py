@@ -165,14 +165,16 @@ def fitted(model: str, name: str, budget: int, block: str = "symmetry") -> Recip
 
 
 def cells(kept: Kept, blocks: Iterable[str], only: str | None, budgets: tuple[int, ...], samples: int) -> None:
-    """Measure what the folder lacks, cheapest budget first."""
+    """Measure what the folder lacks, cheapest budget first, and first what is compared."""
     for budget in budgets:
-        for block in blocks:
-            for model in MODELS if budget in BLOCKS[block].budgets else ():
-                for name in BLOCKS[block].arms if only is None else [only]:
-                    key = {"block": block, "model": model, "budget": budget, "strategy": name, "samples": samples}
-                    if name in BLOCKS[block].arms and kept.find(**key) is None:
-                        print(kept.add(key | cell(kept.folder, block, model, budget, name, samples)), flush=True)
+        for compared in (True, False):
+            for block in blocks:
+                names = [n for n in BLOCKS[block].arms if (n in SHORT) == compared and only in (None, n)]
+                for model in MODELS if budget in BLOCKS[block].budgets else ():
+                    for name in names:
+                        key = {"block": block, "model": model, "budget": budget, "strategy": name, "samples": samples}
+                        if kept.find(**key) is None:
+                            print(kept.add(key | cell(kept.folder, block, model, budget, name, samples)), flush=True)
 
 
 def cell(root: Path, block: str, model: str, budget: int, name: str, samples: int) -> dict[str, Any]:
@@ -231,6 +233,7 @@ def _table(title: str, block: Block, mine: list[dict[str, Any]], model: str, bud
     heads = ["strategy", "gives", *COSTS, "seconds", *(value.split("/")[1] for value in block.values)]
     lines = ["", f"### {block.title}: {title}", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     here = [c for c in mine if (c["model"], c["budget"]) == (model, budget)]
+    here.sort(key=lambda c: list(block.arms).index(c["strategy"]))
     for c in [c for c in here if "refused" not in c]:
         spent = [f"{c[key]:.4g}" for key in COSTS.values()] + [f"{c['seconds']:.2g}"]
         found = [f"{c[v]:.3g} ± {1.96 * c[f'se/{v}']:.2g}" if v in c else "–" for v in block.values]

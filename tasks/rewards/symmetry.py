@@ -19,6 +19,7 @@ class Symmetry:
     """
 
     needs_labels = False
+    cheap = True
     differentiable = True
     revision = "1"
 
