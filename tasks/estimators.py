@@ -241,6 +241,26 @@ def best_split(
     if not arms:
         raise ValueError(f"a budget of {budget:g} pays for no candidate: the cheapest costs {min(costs.values()):g}.")
     table = np.stack([best_of_k(pools[name], affordable[name]) for name in arms])  # (arms, P)
+    name, estimate, votes = choose(dict(zip(arms, table, strict=True)), halvings, seed)
+    return Split(name, affordable[name], estimate, votes)
+
+
+def choose(values: Mapping[str, np.ndarray], halvings: int = 20, seed: int = 0) -> tuple[str, Estimate, dict[str, int]]:
+    """The arm with the largest mean, with a value that is free of the winner's luck.
+
+    Args:
+        values: arm -> one value for each prompt, (P,); the same prompts in every arm, 4 at least.
+        halvings: random halves of the prompts; each half chooses once, and the other reports.
+        seed: of the halves.
+
+    Returns:
+        the arm that most halves chose, what the choice is worth on prompts that did not make it, and how often each arm
+        was chosen.
+
+    Raises:
+        ValueError: fewer than four prompts.
+    """
+    arms, table = list(values), np.stack(list(values.values()))
     if table.shape[1] < 4:
         raise ValueError(f"choosing and reporting on different prompts needs 4 of them, got {table.shape[1]}.")
     generator, votes = np.random.default_rng(seed), dict.fromkeys(arms, 0)
@@ -253,5 +273,16 @@ def best_split(
             votes[arms[winner]] += 1
             total[reporting] += table[winner, reporting]
             seen[reporting] += 1
-    name = max(votes, key=lambda arm: votes[arm])
-    return Split(name, affordable[name], jackknife(total / seen), votes)
+    return max(votes, key=lambda arm: votes[arm]), jackknife(total / seen), votes
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values adjusted for their number: reject where at most the level, and the family-wise error keeps to it.
+
+    Reference: Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    adjusted, largest = {}, 0.0
+    for i, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(p_values) - i) * p))
+        adjusted[name] = largest
+    return adjusted

@@ -22,6 +22,7 @@ from tasks.prefixes import Resume, States, keys
 from tasks.recipe import Recipe, canonical, grid_of, scorer_identity
 from tasks.registry import Spec
 from tasks.remembered import Remembered
+from tasks.room import check_room
 from tasks.sampler import CountedModel, CountedReward, Sampler
 from tasks.turns import Elsewhere, Turn, in_turns
 from tasks.types import Model
@@ -111,10 +112,11 @@ def generate(
         decides as it goes gives the first three for each row.
 
     Raises:
-        ValueError: a sample that is not finite, with its index.
+        ValueError: a sample that is not finite, with its index; or more particles than memory has room for.
     """
     if not 0 <= start < stop <= MAX_INDEX:
         raise ValueError(f"sample indices must satisfy 0 <= start < stop <= {MAX_INDEX}, got [{start}, {stop}).")
+    check_room(recipe)
     use_one_thread()
     device = recipe.device
     parts = calibration.bound(recipe, calibration.make_all(recipe) if artifacts is None else artifacts)

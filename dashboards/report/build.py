@@ -40,7 +40,11 @@ def render(results: Results, store: Store, name: str) -> str:
     sections = []
     if any(row.complete for row in table):
         found = search.sections(table, results.search(), better, store, config)
-        sections = [*found, *scaling.sections(table, names, store), *_sections(table, config, names, better, store)]
+        sections = [
+            *found,
+            *scaling.sections(table, names, store, config),
+            *_sections(table, config, names, better, store),
+        ]
     return environment.get_template("page.html").render(
         name=name,
         config=config,
@@ -173,10 +177,11 @@ def _pictures(table: list[Row], qualities: list[str], better: dict[str, str], st
 
 
 def _trial_table(table: list[Row], names: list[str]) -> dict[str, Any]:
-    head = ["#", "part", "solver", "grid", "N", "NFE", "samples", *names, "state"]
+    head = ["#", "part", "strategy", "gives", "solver", "grid", "N", "NFE", "samples", *names, "state"]
     body = []
     for row in table:
-        cells = [row.data["number"], row.data["part"], row.solver, row.grid, row.particles, row.data["nfe"]]
+        cells = [row.data["number"], row.data["part"], row.strategy, row.gives, row.solver, row.grid, row.particles]
+        cells.append(row.data["nfe"])
         cells.append(row.data["num_samples"])
         for name in names:
             value = row.value(name)
@@ -186,17 +191,23 @@ def _trial_table(table: list[Row], names: list[str]) -> dict[str, Any]:
     return {"head": head, "body": body}
 
 
-def _costs(table: list[Row], state: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, str]]:
-    def total(name: str) -> float:
-        return sum(row.data.get(f"cost/{name}") or 0.0 for row in table)
+def _rewards(rows: list[Row]) -> str:
+    """Calls of rewards, and how they were answered."""
+    calls, reused, seconds = (
+        sum(row.data.get(f"cost/{name}") or 0.0 for row in rows)
+        for name in ("reward_calls", "reward_reused", "reward_s")
+    )
+    return f"{calls:,.0f}" + (f" ({reused:,.0f} from memory, {seconds:,.1f} s of scoring)" if calls else "")
 
+
+def _costs(table: list[Row], state: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, str]]:
     distinct: dict[tuple[str, int, int], Row] = {(row.data["key"], *row.span): row for row in table}
     summary = state.get("summary", {})
     seconds = sum(row.data.get("cost/generate_s") or 0.0 for row in distinct.values())
     lines = [
         ("trials", f"{len(table):,} ({len(distinct):,} different)"),
         ("network evaluations", f"{sum(row.data.get('cost/nfe') or 0 for row in distinct.values()):,.0f}"),
-        ("reward calls inside strategies", f"{total('reward_calls'):,.0f}"),
+        ("reward calls inside strategies", _rewards(list(distinct.values()))),
         ("device-seconds of generation", f"{seconds:,.1f}"),
     ]
     if summary.get("wall_s") is not None:

@@ -58,6 +58,14 @@ class Judge:
         except (KeyError, CorruptShard):
             return None
 
+    def effects(self, row: Row) -> tuple[float, Any]:
+        """A trial's value and every sample's first-order effect on it.
+
+        Raises:
+            KeyError, CorruptShard: rows that are gone or damaged.
+        """
+        return self._effects(row, row.span[1])
+
     def _effects(self, row: Row, count: int) -> tuple[float, Any]:
         spec = self._store.get_json("recipes", row.data["key"])
         if spec is None:

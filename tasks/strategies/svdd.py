@@ -102,6 +102,11 @@ class SVDD:
         """A (biased) draw from the tilted law, or a greedy optimum."""
         return "sample" if self.selection == "softmax" else "best"
 
+    @property
+    def bias(self) -> str:
+        """What no number of children takes away."""
+        return "the reward of the mean is not the soft value" if self.value == "posterior_mean" else ""
+
     def account(self, evaluations: Sequence[int]) -> Account:
         """What T steps of one chain spend, with every prediction used twice."""
         m, steps = self.children, len(evaluations)

@@ -243,4 +243,19 @@ def test_a_report_of_strategies_says_at_which_cost_and_draws_what_candidates_buy
     assert "At 16 evaluations a sample (to 5%)" in page
     assert "Costs differ:" in page and "against 0 reward calls" in page
     assert "pass@k" in page and "Best split of 16 evaluations: best of" in page
-    assert "best of k follows" in page
+    assert "best of k follows" in page and "standard errors)" in page
+    assert "pass@k by BIC" in page and "saturating beta" in page and "p0" in page
+    assert "best_of_n n=4, DDIM (eta=1), 4 steps [best]:" in page and "single, DDIM (eta=1), 16 steps [sample]:" in page
+    assert "Recommended at this cost:" in page and "random halves of the" in page and "Holm" in page
+    assert "s of scoring)" in page
+
+
+def test_a_bias_that_stays_is_named() -> None:
+    def gives(**spec: Any) -> str:
+        return Row({"recipe": json.dumps({"strategy": spec})}).gives
+
+    assert gives(name="single") == gives(name="fk_steering") == gives(name="das") == "sample"
+    assert gives(name="best_of_n") == gives(name="beam") == gives(name="rollover") == gives(name="svdd") == "best"
+    assert gives(name="svdd", selection="softmax") == "sample, biased: the reward of the mean is not the soft value"
+    assert gives(name="svdd", selection="softmax", value="monte_carlo") == "sample"
+    assert gives(name="dps").startswith("sample, biased") and gives(name="fk_steering", output="best") == "best"

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tasks.estimators import best_of_k, best_split, bootstrap, fit_scaling, jackknife, pass_at_k
+from tasks.estimators import best_of_k, best_split, bootstrap, choose, fit_scaling, holm, jackknife, pass_at_k
 
 STUDIES = 10_000
 
@@ -95,7 +95,14 @@ def test_the_best_split_moves_to_longer_runs_as_the_budget_grows_and_reports_no_
     assert lucky > 0.35 and abs(found.estimate.value) < 0.35
 
 
+def test_holm_adjusts_in_order_of_the_p_values():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0} and holm({}) == {}
+
+
 def test_what_cannot_be_estimated_is_refused():
+    with pytest.raises(ValueError, match="needs 4 of them, got 3"):
+        choose({"a": np.zeros(3)})
     with pytest.raises(ValueError, match="k must lie between 1 and the 4 candidates"):
         best_of_k(np.zeros((2, 4)), 5)
     with pytest.raises(ValueError, match="finite"):
