@@ -219,7 +219,7 @@ def test_a_search_is_answered_on_held_out_samples_with_its_optimism_at_equal_cou
 def test_the_scaling_study_and_space_plan_and_keep_their_budget(solvus: Callable, tmp_path: Path) -> None:
     found = solvus("plan", "study=scaling", f"root={tmp_path}", "--json")
     assert found.code == 0, found.err
-    assert found.data["nfe"] == 11 * 512 * 64
+    assert found.data["nfe"] == 12 * 512 * 64
     searched = ["model=digits", "solver=ddim", "solver.eta=1", "reward=class_log_prob", "metrics=[mean_reward]"]
     found = solvus("plan", *searched, "search=tpe", "space=scaling", f"root={tmp_path}", "--json")
     assert found.code == 0, found.err
