@@ -93,6 +93,11 @@ class SVDD:
         return self.children > 1
 
     @property
+    def intermediate(self) -> bool:
+        """Clean predictions are judged; rollouts are whole samples."""
+        return self.children > 1 and self.value == "posterior_mean"
+
+    @property
     def branches(self) -> bool:
         """Children of one state differ by their noise."""
         return self.children > 1
