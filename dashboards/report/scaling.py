@@ -170,11 +170,11 @@ def _curves(pools: list[tuple[Row, np.ndarray]]) -> dict[str, Any]:
 
 
 def _laws(label: str, right: np.ndarray, n: int) -> list[str]:
-    """Laws of coverage of one pool, the one with the smallest BIC first; none where no law shows."""
+    """Laws of coverage of one pool, the one with the smallest BIC first; or why none shows."""
     try:
         laws = fit_coverage(right, n, resamples=50)
-    except ValueError:
-        return []
+    except ValueError as error:
+        return [f"{label}: {error}"]
     best = laws[0]
     said = "; ".join(f"{_law(law)}, BIC {law.bic - best.bic:+.1f}, misfit {law.misfit:.2g}" for law in laws)
     unreached = next(law for law in laws if law.name == "saturating beta")

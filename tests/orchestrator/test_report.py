@@ -231,10 +231,10 @@ def test_a_report_of_strategies_says_at_which_cost_and_draws_what_candidates_buy
 ) -> None:
     arms = [
         "{nfe:2,strategy:{name:best_of_n,n:8}}", "{nfe:4,strategy:{name:best_of_n,n:4}}", "{nfe:16,strategy:single}",
-        "{nfe:4,strategy:{name:fk_steering,particles:4,first:1,every:1}}",
+        "{nfe:4,strategy:{name:fk_steering,particles:4,first:1,every:1,strength:50}}",
     ]  # fmt: skip
     run = solvus(
-        "run", "model=digits", "solver=ddim", "solver.eta=1", "reward=class_log_prob", "metrics=[mean_reward]",
+        "run", "model=digits", "solver=ddim", "solver.eta=1", "reward=symmetry", "metrics=[{name: mean_reward, reward: symmetry}]",
         "search=grid", f"search.space={{allocation:[{','.join(arms)}]}}", "num_samples=16", "batch_size=64",
         "tracker=none", "name=arms", f"root={tmp_path}",
     )  # fmt: skip
