@@ -234,7 +234,8 @@ def test_a_report_of_strategies_says_at_which_cost_and_draws_what_candidates_buy
         "{nfe:4,strategy:{name:fk_steering,particles:4,first:1,every:1,strength:50}}",
     ]  # fmt: skip
     run = solvus(
-        "run", "model=digits", "solver=ddim", "solver.eta=1", "reward=symmetry", "metrics=[{name: mean_reward, reward: symmetry}]",
+        "run", "model=digits", "solver=ddim", "solver.eta=1", "reward=symmetry",
+        "metrics=[{name: mean_reward, reward: symmetry}]",
         "search=grid", f"search.space={{allocation:[{','.join(arms)}]}}", "num_samples=16", "batch_size=64",
         "tracker=none", "name=arms", f"root={tmp_path}",
     )  # fmt: skip
