@@ -53,6 +53,11 @@ def _way(row: Row) -> str:
     return f"{row.strategy}, {row.solver}, {len(row.times) - 1} steps"
 
 
+def _named(row: Row) -> str:
+    """With the trial's number: two settings of one strategy may read alike."""
+    return f"{_way(row)} (trial {row.data['number']})"
+
+
 def recommendation(group: Sequence[Row], name: str, store: Store, config: dict[str, Any]) -> list[str]:
     """Which of some trials at equal cost to take, how sure that is, and what cannot be told apart from it.
 
@@ -62,7 +67,7 @@ def recommendation(group: Sequence[Row], name: str, store: Store, config: dict[s
     judge = Judge(name, False, store, config)
     same = [row for row in group if row.span == group[0].span and row.value(name) is not None]
     try:
-        effects = {_way(row): judge.effects(row) for row in same}
+        effects = {_named(row): judge.effects(row) for row in same}
     except (KeyError, CorruptShard):
         return []
     values = {way: value + effect for way, (value, effect) in effects.items()}
@@ -82,7 +87,7 @@ def recommendation(group: Sequence[Row], name: str, store: Store, config: dict[s
         + (f"Not told apart from it: {'; '.join(sorted(alike))}." if alike else "All others are worse.")
         + " (Paired by sample index, 5 % after Holm's correction.)"
     ]
-    kinds = {_way(row): row.gives for row in same}
+    kinds = {_named(row): row.gives for row in same}
     drawn = {other: value for other, value in values.items() if kinds[other].startswith("sample")}
     if kinds[way] == "best" and len(drawn) > 1:
         lines.append(f"Where draws from a law are wanted and not an optimum: {choose(drawn)[0]}.")
