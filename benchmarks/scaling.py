@@ -8,9 +8,8 @@ batched_particles_speedup  time of 16 particles in sixteen calls a step over tha
 reward_actor_ratio         rows a second with the reward in a Ray actor of its own over rows a second in process
 
 ``--part table`` measures every strategy on digits and digits_flow at 64, 128 and 256 evaluations a sample, and writes
-docs/scaling_table.md from the cells that ``--keep DIR`` holds. It takes hours and can be stopped and continued. The
-reward is the symmetry of the image, which is also what most strategies maximise: read the other columns too.
-``--quick`` measures one small cell of each strategy, and writes no page.
+docs/scaling_table.md from the cells that ``--keep DIR`` holds (``scaling_table.py`` says what is compared). It takes
+the better part of an hour and can be stopped and continued. ``--quick`` measures a few small cells, and writes no page.
 """
 
 from __future__ import annotations
@@ -19,75 +18,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from benchmarks.harness import ROOT, Figure, arguments, commit, publish
-from benchmarks.search import Kept, carry_out, prepared
+from benchmarks.scaling_table import ARMS, BLOCKS, BUDGETS, MEASURED, base, cells, fitted, page
+from benchmarks.search import Kept
 from tasks.recipe import Recipe
 from tasks.run import generate, load_model, use_one_thread
 from tasks.sampler import CountedModel, CountedReward
 
 PARTS = ("overhead", "particles", "actor", "table")
-SDE = {"name": "ddim", "eta": 1.0}
-BUDGETS = (64, 128, 256)
-STEPS = 8
-# Strategy -> (its other settings, the number that is raised until the budget is spent). One evaluation a step.
-ARMS: dict[str, tuple[dict[str, Any], str]] = {
-    "best_of_n": ({}, "n"),
-    "pruned_best_of_n": ({}, "n"),
-    "adaptive_best_of_n": ({"cost": 0.01, "std": 1.0}, "max_n"),
-    "noise_search": ({"rounds": 3}, "candidates"),
-    "path_search": ({"width": 1}, "children"),
-    "beam": ({"width": 2}, "children"),
-    "rollover": ({"chains": 1}, "max_nfe"),
-    "tree": ({"prefix": 4, "depth": 2}, "branching"),
-    "tree_search": ({"strength": 10.0}, "max_nfe"),
-    "svdd": ({}, "children"),
-    "fk_steering": ({"first": 1, "every": 2}, "particles"),
-    "das": ({}, "particles"),
-    "fkc": ({"strength": 10.0}, "particles"),
-    "noise_gradient": ({}, "iterations"),
-    "repulsion": ({}, "particles"),
-    "minority": ({"draws": 1}, "n"),
-    "variance_filter": ({"threshold": 0.0}, "n"),
-}
-
-
-def base(model: str, batch_size: int = 256) -> Recipe:
-    """A stochastic sampler of so many steps, with a reward that few samples satisfy by themselves."""
-    grid = {"name": "quadratic" if model == "digits" else "uniform", "num_steps": STEPS}
-    fields: dict[str, Any] = {"model": model, "solver": SDE, "times": grid, "guidance": "none", "strategy": "single"}
-    return Recipe(**fields, reward={"name": "symmetry"}, batch_size=batch_size).completed()
-
-
-def fitted(model: str, name: str, budget: int) -> Recipe:
-    """The strategy at the size that spends most of the budget.
-
-    Raises:
-        ValueError: it cannot run on this model, or no size fits.
-    """
-    if name == "single":
-        made = base(model).override({"times.num_steps": budget})
-        made.check()
-        return made
-    more, size = ARMS[name]
-    found, reason = None, ""
-    for number in range(1, budget + 1):
-        spec = {"name": name, **more, size: number, "budget": {"nfe": budget}}
-        try:
-            made = base(model).override({"strategy": spec})
-            made.check()
-        except ValueError as error:
-            reason = reason or str(error)
-            continue
-        if found is None or made.nfe > found.nfe:  # one that adapts spends less where its last round does not fit
-            found = made
-    if found is None:
-        raise ValueError(reason)
-    return found
 
 
 # --- overhead ---------------------------------------------------------------------------------------------------------
@@ -189,72 +131,15 @@ def actor(quick: bool) -> list[Figure]:
     return [Figure("reward_actor_ratio", statistics.median(ratios[1:]), "ratio", "higher", ">= 0.9")]
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
-
-VALUES = ("reward/symmetry", "quality/class_accuracy", "quality/frechet", "quality/diversity")
-
-
-def cells(kept: Kept, names: list[str], budgets: tuple[int, ...], samples: int, models: tuple[str, ...]) -> None:
-    """Measure what the folder lacks."""
-    for model in models:
-        for budget in budgets:
-            for name in names:
-                key = {"model": model, "budget": budget, "strategy": name, "samples": samples}
-                if kept.find(**key) is None:
-                    kept.add(key | cell(kept.folder, model, budget, name, samples))
-                    print(kept.all()[-1], flush=True)
-
-
-def cell(root: Path, model: str, budget: int, name: str, samples: int) -> dict[str, Any]:
-    """Values and errors of one strategy, with what a sample really cost; or why it cannot run."""
-    try:
-        recipe = fitted(model, name, budget)
-    except ValueError as error:
-        return {"refused": str(error)}
-    metrics = "metrics=[{name: mean_reward, reward: symmetry}, class_accuracy, frechet, diversity]"
-    study = prepared(root, f"model={model}", metrics, f"num_samples={samples}", f"name={model}-{name}-{budget}")
-    (trial,) = carry_out(replace(study, recipe=recipe))
-    if trial.state != "complete":
-        return {"refused": trial.reason}
-    errors = {f"se/{value}": error for value, error in trial.errors.items()}
-    return {"setting": recipe.strategy, "seconds": trial.seconds} | trial.values | errors
-
-
-def page(kept: Kept) -> str:
-    """The cells as Markdown."""
-    lines = [
-        "# Strategies at equal cost",
-        "",
-        "Written by `python -m benchmarks.scaling --part table --keep DIR`. Each strategy at the largest size that the",
-        "budget of network evaluations a sample pays for, eight steps a trajectory (`single` takes them all as steps);",
-        "95 % intervals. Most strategies maximise the reward of the first column: the others were not selected for.",
-        "Diversity is the mean squared distance of two samples over that of two items of the data.",
-    ]
-    for model, budget in sorted({(c["model"], c["budget"]) for c in kept.all()}):
-        lines += ["", f"## {model}, {budget} evaluations a sample", ""]
-        heads = ["strategy", "evaluations", "reward calls", "decodes", "seconds", *VALUES]
-        lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-        for c in [c for c in kept.all() if (c["model"], c["budget"]) == (model, budget)]:
-            if "refused" in c:
-                continue
-            spent = [f"{c[f'cost/{n}']:.4g}" for n in ("nfe", "reward_calls", "decodes")] + [f"{c['seconds']:.2g}"]
-            found = [f"{c[v]:.4g} ± {1.96 * c[f'se/{v}']:.2g}" if v in c else "–" for v in VALUES]
-            lines.append("| " + " | ".join([c["strategy"], *spent, *found]) + " |")
-        lines += [
-            f"\n{c['strategy']} left out: {c['refused']}"
-            for c in kept.all()
-            if (c["model"], c["budget"]) == (model, budget) and "refused" in c
-        ]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measure what was asked for."""
     use_one_thread()
     args = arguments(
         __doc__ or "",
         ("--part", {"choices": PARTS, "help": "measure only this (the table only when asked for)"}),
-        ("--only", {"choices": ["single", *ARMS], "help": "only this strategy's cells"}),
+        ("--only", {"choices": [*ARMS, *MEASURED], "help": "only this strategy's cells"}),
+        ("--only-kept", {"action": "store_true", "help": "write the page from the cells that are there"}),
+        ("--samples", {"type": int, "default": 128, "help": "samples of a cell of the table"}),
         ("--keep", {"help": "folder that keeps studies and cells"}),
     )
     parts = [args.part] if args.part else list(PARTS[:-1])
@@ -264,12 +149,11 @@ def main() -> None:
             found += measured(args.quick)
     if "table" in parts:
         kept = Kept(Path(args.keep or tempfile.mkdtemp(prefix="solvus-scaling-")), False)
-        names = [args.only] if args.only else ["single", *ARMS]
         if args.quick:
-            cells(kept, names, (64,), 80, ("digits_flow",))
+            cells(kept, ["ink"], args.only, (64,), 80)
             print(page(kept))
         else:
-            cells(kept, names, BUDGETS, 256, ("digits", "digits_flow"))
+            cells(kept, list(BLOCKS) if not args.only_kept else [], args.only, BUDGETS, args.samples)
             (ROOT / "docs" / "scaling_table.md").write_text(page(kept) + f"\nCommit {commit()}.\n")
         found.append(Figure("cells", len(kept.all()), "cells", "higher"))
     publish(found, args.json)

@@ -30,6 +30,8 @@ class Ledger:
             "generate_s": 0.0,
             "score_s": 0.0,
             "scored": 0,
+            "reward_s": 0.0,
+            "reward_reused": 0,
         }
     )
 
@@ -44,13 +46,15 @@ class Ledger:
         return self.spent["generate_s"] + self.spent["score_s"]
 
     def summary(self) -> dict[str, float]:
-        """Sums, device-seconds and money."""
+        """Sums, device-seconds and money; seconds of rewards inside strategies are part of generating."""
         money = self.device_seconds / 3600 * self.price_per_device_hour
         return self.spent | {"device_s": self.device_seconds, "money": money}
 
     def cost_of(self, recipe: Recipe, start: int, stop: int, store: Store) -> dict[str, float]:
         """What the rows [start, stop) cost whoever made them, from their commit records, in proportion."""
-        total = dict.fromkeys(("nfe", "nfe_reused", "reward_calls", "decodes", "generate_s"), 0.0)
+        total = dict.fromkeys(
+            ("nfe", "nfe_reused", "reward_calls", "decodes", "generate_s", "reward_s", "reward_reused"), 0.0
+        )
         for record in store.committed("rows", recipe.key):
             share = max(0, min(stop, record.stop) - max(start, record.start)) / record.rows
             for name in total:

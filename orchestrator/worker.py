@@ -57,13 +57,15 @@ Made = dict[str, Any]
 
 # Where an executor has strategies' rewards scored somewhere else, it puts here what gives the reward of a spec.
 SERVED: list[Callable[[Spec], Any]] = []
+# The same for the rewards that metrics read, where that is configured.
+SERVED_METRICS: list[Callable[[Spec], Any]] = []
 
 
 def _nothing() -> dict[str, float]:
     """The cost of a shard before anything was done."""
     return {
         "rows": 0, "nfe": 0, "nfe_reused": 0, "reward_calls": 0, "decodes": 0, "generate_s": 0.0, "score_s": 0.0,
-        "scored": 0,
+        "scored": 0, "reward_s": 0.0, "reward_reused": 0,
     }  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def generate(shard: Shard) -> Made:
                 found["texts"] = EncodedTexts(store)
             if SERVED:
                 found["served"] = SERVED[-1]
-            columns = run.generate(recipe, shard.start, shard.stop, shard.isolated, **found)
+            columns = run.generate(recipe, shard.start, shard.stop, shard.isolated, tally=cost, **found)
             cost["generate_s"] = time.perf_counter() - began
         cost["rows"] = shard.stop - shard.start
         cost["nfe_reused"] = 0 if states is None else states.reused
@@ -182,7 +184,10 @@ def score(shard: Shard, made: Made) -> dict[str, Any]:
         companion = _companion(shard, recipe, scorer, store)
         with _DEVICE:
             began = time.perf_counter()
-            values = run.score(scorer, samples, labels, shard.start, recipe.batch_size, recipe.device, companion)
+            values = run.score(
+                scorer, samples, labels, shard.start, recipe.batch_size, recipe.device, companion,
+                SERVED_METRICS[-1] if SERVED_METRICS else None,
+            )  # fmt: skip
             seconds = time.perf_counter() - began
         cost["score_s"] += seconds
         cost["scored"] += len(values)

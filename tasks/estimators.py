@@ -136,6 +136,8 @@ class ScalingFit:
     Attributes:
         limit, gain, power: of the law; ``limit`` is where it goes, not where it has been seen to go.
         intervals: name of a parameter -> 95 % interval from resampled prompts; empty without any.
+        misfit: root mean square distance of the law from the mean values, in standard errors of these: about 1 or less
+            where it describes what was seen; NaN where there is one value an amount.
         x_low, x_high: range of the fit; outside it the law is an extrapolation.
     """
 
@@ -143,6 +145,7 @@ class ScalingFit:
     gain: float
     power: float
     intervals: Mapping[str, tuple[float, float]]
+    misfit: float
     x_low: float
     x_high: float
 
@@ -190,7 +193,12 @@ def fit_scaling(x: Sequence[float], y: np.ndarray, resamples: int = 200, seed: i
         ends = np.quantile(np.array(draws), [0.025, 0.975], axis=0)
         names = ("limit", "gain", "power")
         intervals = {name: (float(ends[0, i]), float(ends[1, i])) for i, name in enumerate(names)}
-    return ScalingFit(*found, intervals, float(amounts.min()), float(amounts.max()))
+    misfit = float("nan")
+    if len(table) > 1:
+        off = table.mean(axis=0) - (found[0] - found[1] * amounts ** -found[2])
+        errors = table.std(axis=0, ddof=1) / np.sqrt(len(table))
+        misfit = float(np.sqrt(np.mean((off / np.maximum(errors, 1e-300)) ** 2)))
+    return ScalingFit(*found, intervals, misfit, float(amounts.min()), float(amounts.max()))
 
 
 @dataclass(frozen=True)
@@ -233,6 +241,26 @@ def best_split(
     if not arms:
         raise ValueError(f"a budget of {budget:g} pays for no candidate: the cheapest costs {min(costs.values()):g}.")
     table = np.stack([best_of_k(pools[name], affordable[name]) for name in arms])  # (arms, P)
+    name, estimate, votes = choose(dict(zip(arms, table, strict=True)), halvings, seed)
+    return Split(name, affordable[name], estimate, votes)
+
+
+def choose(values: Mapping[str, np.ndarray], halvings: int = 20, seed: int = 0) -> tuple[str, Estimate, dict[str, int]]:
+    """The arm with the largest mean, with a value that is free of the winner's luck.
+
+    Args:
+        values: arm -> one value for each prompt, (P,); the same prompts in every arm, 4 at least.
+        halvings: random halves of the prompts; each half chooses once, and the other reports.
+        seed: of the halves.
+
+    Returns:
+        the arm that most halves chose, what the choice is worth on prompts that did not make it, and how often each arm
+        was chosen.
+
+    Raises:
+        ValueError: fewer than four prompts.
+    """
+    arms, table = list(values), np.stack(list(values.values()))
     if table.shape[1] < 4:
         raise ValueError(f"choosing and reporting on different prompts needs 4 of them, got {table.shape[1]}.")
     generator, votes = np.random.default_rng(seed), dict.fromkeys(arms, 0)
@@ -245,5 +273,4 @@ def best_split(
             votes[arms[winner]] += 1
             total[reporting] += table[winner, reporting]
             seen[reporting] += 1
-    name = max(votes, key=lambda arm: votes[arm])
-    return Split(name, affordable[name], jackknife(total / seen), votes)
+    return max(votes, key=lambda arm: votes[arm]), jackknife(total / seen), votes

@@ -305,7 +305,7 @@ class Recipe:
         p = self.parts
         if getattr(p.strategy, "intermediate", False) and not getattr(p.reward, "scores_predictions", True):
             raise ValueError(
-                f"strategy {self.strategy['name']} judges unfinished samples by their clean predictions, but reward "
+                f"strategy {self.strategy['name']} judges unfinished samples (as predicted or as they are), but reward "
                 f"{self.reward['name'] if self.reward else None} cannot score these. Use another reward, or "
                 "strategy=best_of_n."
             )

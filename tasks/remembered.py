@@ -32,21 +32,35 @@ class Remembered:
         self._values: OrderedDict[bytes, Tensor] = OrderedDict()
         self.scored, self.reused, self.seconds = 0, 0, 0.0
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["_scorer"], name)
+
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
-        """(B,), of the scorer's dtype."""
+        """(B,), of the scorer's dtype; samples whose gradient is wanted are always scored."""
+        if samples.requires_grad and torch.is_grad_enabled():
+            return self.always(samples, cond)
         keys = _keys(samples, cond)
         known = [self._values.get(key) for key in keys]
         if keys and all(value is not None for value in known):
             self.reused += len(keys)
             return torch.stack(known).to(samples.device)  # type: ignore[arg-type]
-        began = time.perf_counter()
-        values = self._scorer(samples, cond)
+        values = self.always(samples, cond)
         kept = values.detach().cpu()
-        self.seconds += time.perf_counter() - began
-        self.scored += len(keys)
         self._values |= dict(zip(keys, kept.clone(), strict=True))
         while len(self._values) > self._size:
             self._values.popitem(last=False)
+        return values
+
+    def always(self, samples: Tensor, cond: Tensor | None) -> Tensor:
+        """The scorer's answer, timed and counted, without the memory."""
+        began = time.perf_counter()
+        values = self._scorer(samples, cond)
+        if values.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - began
+        self.scored += len(samples)
         return values
 
 

@@ -8,10 +8,10 @@ network are the same for any shard size, worker or executor, and every row is a 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,15 @@ from tasks.noise import MAX_INDEX, RowNoise
 from tasks.not_finite import NotFinite, Watched
 from tasks.pipelines.texts import Kept
 from tasks.prefixes import Resume, States, keys
-from tasks.recipe import Recipe, canonical, grid_of
+from tasks.recipe import Recipe, canonical, grid_of, scorer_identity
 from tasks.registry import Spec
+from tasks.remembered import Remembered
+from tasks.room import check_room
 from tasks.sampler import CountedModel, CountedReward, Sampler
+from tasks.turns import Elsewhere, Turn, in_turns
 from tasks.types import Model
+
+REMEMBERED = 100_000  # values of a reward that a process keeps, about 40 MB
 
 
 def use_one_thread() -> None:
@@ -48,6 +53,22 @@ def load_model(recipe: Recipe) -> Model:
     return _load(canonical(recipe.model), recipe.device)
 
 
+@lru_cache(maxsize=4)
+def _memory(identity: str) -> Remembered:
+    return Remembered(registry.rewards.build(json.loads(identity)["spec"]), size=REMEMBERED)
+
+
+def remembered(spec: Spec) -> Any:
+    """A reward that this process remembers by content, one for each identity; itself where that is not worth it.
+
+    A cheap one costs less than a look into the memory, and one that depends on the row cannot be known by a sample.
+    """
+    reward = registry.rewards.build(spec)
+    if getattr(reward, "cheap", False) or hasattr(reward, "at"):
+        return reward
+    return _memory(canonical(scorer_identity(spec)))
+
+
 def blocks(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
     """(first index of a block, first and last index wanted of it) for every block that [start, stop) touches."""
     for first in range(start - start % rows, stop, rows):
@@ -69,6 +90,7 @@ def generate(
     states: States | None = None,
     served: Callable[[Spec], Callable[..., torch.Tensor]] | None = None,
     texts: Kept | None = None,
+    tally: dict[str, float] | None = None,
 ) -> dict[str, np.ndarray]:
     """Make the rows [start, stop) of a recipe.
 
@@ -82,8 +104,10 @@ def generate(
         artifacts: the recipe's calibrations by key; made here when left out.
         states: where trajectories that begin alike leave their states; each row is the same with and without.
         served: gives the reward of a spec where it is scored somewhere else; one whose gradient is taken, or that
-            depends on the row, stays here.
+            depends on the row, stays here. While one block waits for it, the next one computes.
         texts: where encoded prompts are kept between processes.
+        tally: what rewards took is added to its ``reward_s`` (seconds of scoring, wherever that is) and
+            ``reward_reused`` (calls that were answered from memory).
 
     Returns:
         columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``decodes``
@@ -95,10 +119,11 @@ def generate(
 
     Raises:
         NotFinite: some rows, but not all, have no finite sample, because of what the network answered at a step.
-        ValueError: no row has, or the decoder spoilt one.
+        ValueError: no row has, the decoder spoilt one, or there are more particles than memory has room for.
     """
     if not 0 <= start < stop <= MAX_INDEX:
         raise ValueError(f"sample indices must satisfy 0 <= start < stop <= {MAX_INDEX}, got [{start}, {stop}).")
+    check_room(recipe)
     use_one_thread()
     device = recipe.device
     parts = calibration.bound(recipe, calibration.make_all(recipe) if artifacts is None else artifacts)
@@ -108,44 +133,45 @@ def generate(
         base.remember(texts)
     size = rows_per_block(recipe)
     prefixes = () if states is None or isolated else keys(recipe)
-    scorer = parts.reward
-    if served is not None and recipe.reward is not None and parts.strategy.uses_reward:
-        stays = recipe.account.gradients or hasattr(scorer, "at")
-        scorer = scorer if stays else served(recipe.reward)
-    pieces: list[dict[str, np.ndarray]] = []
+    stays = served is None or recipe.reward is None or bool(recipe.account.gradients) or hasattr(parts.reward, "at")
+    known = remembered(recipe.reward) if recipe.reward is not None and parts.strategy.uses_reward else None
+
     lost: dict[int, str] = {}
-    for first, low, high in blocks(start, stop, size):
-        began = time.perf_counter()
-        counted = CountedModel(base, recipe.batch_size)
-        places = [i if low <= i < high or not isolated else low for i in range(first, first + size)]
-        indices = torch.tensor(places, dtype=torch.int64, device=device)
-        labels = torch.tensor([recipe.label(i) for i in places], device=device)
-        cond = labels if base.num_classes else None
-        sampler = Sampler(parts.guidance.wrap(counted), parts.solver, grid, cond, stock_steps, parts.initial)
-        reward = None
-        if parts.strategy.uses_reward:
-            assert recipe.reward is not None
-            reward = CountedReward(scorer, recipe.reward["name"], indices)
-        noise = RowNoise(recipe.seed, indices, dtype=getattr(torch, recipe.dtype))
-        resume = Resume(prefixes, states, first, counted) if states is not None and prefixes else None
-        sampler = replace(sampler, resume=resume)
-        with torch.no_grad():
-            result = parts.strategy(sampler, reward, noise)
-            x0 = base.decode(result.x0, cond)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        elapsed = time.perf_counter() - began
-        keep = slice(low - first, high - first)
+
+    def block(span: tuple[int, int, int], lock: Any) -> dict[str, np.ndarray]:
+        first, low, high = span
+        use_one_thread()
+        with Turn(lock) as turn:
+            counted = CountedModel(base, recipe.batch_size)
+            places = [i if low <= i < high or not isolated else low for i in range(first, first + size)]
+            indices = torch.tensor(places, dtype=torch.int64, device=device)
+            labels = torch.tensor([recipe.label(i) for i in places], device=device)
+            cond = labels if base.num_classes else None
+            sampler = Sampler(parts.guidance.wrap(counted), parts.solver, grid, cond, stock_steps, parts.initial)
+            reward = None
+            if known is not None:
+                assert recipe.reward is not None
+                scorer = known if served is None or stays else Elsewhere(served(recipe.reward), turn)
+                reward = CountedReward(scorer, recipe.reward["name"], indices)
+            noise = RowNoise(recipe.seed, indices, dtype=getattr(torch, recipe.dtype))
+            resume = Resume(prefixes, states, first, counted) if states is not None and prefixes else None
+            sampler = replace(sampler, resume=resume)
+            with torch.no_grad():
+                result = parts.strategy(sampler, reward, noise)
+                x0 = base.decode(result.x0, cond)
+            if device == "cuda":
+                torch.cuda.synchronize()
+        elapsed = turn.seconds + (0.0 if reward is None or stays else reward.seconds)
+        keep, count = slice(low - first, high - first), high - low
         sample = x0[keep].cpu().numpy()
         finite = np.isfinite(sample).reshape(len(sample), -1).all(axis=1)
         if not finite.all():
-            lost |= dict.fromkeys((low + np.flatnonzero(~finite)).tolist(), "")
+            lost.update(dict.fromkeys((low + np.flatnonzero(~finite)).tolist(), ""))
             watched = Watched(CountedModel(base, recipe.batch_size), size, grid)
-            with torch.no_grad():
+            with turn, torch.no_grad():
                 again = replace(sampler, model=parts.guidance.wrap(watched), resume=None)  # type: ignore[arg-type]
                 parts.strategy(again, reward, noise)
-            lost |= {first + row: where for row, where in watched.found.items() if first + row in lost}
-        count = high - low
+            lost.update({first + row: where for row, where in watched.found.items() if first + row in lost})
         columns: dict[str, np.ndarray] = {
             "sample_id": np.arange(low, high, dtype=np.int64),
             "label": np.where(recipe.has_labels, labels[keep].cpu().numpy(), -1).astype(np.int64),
@@ -164,9 +190,16 @@ def generate(
         columns |= {name: value[keep].cpu().numpy() for name, value in result.columns.items()}
         if resume is not None and states is not None:
             states.reused += resume.reused * count
+        if tally is not None and reward is not None:
+            tally["reward_s"] = tally.get("reward_s", 0.0) + reward.seconds
+            tally["reward_reused"] = tally.get("reward_reused", 0) + round(reward.reused * count / size)
+        return columns
+
+    pieces: list[dict[str, np.ndarray]] = []
+    for columns in in_turns(block, blocks(start, stop, size), overlap=not stays and states is None):
         pieces.append(columns)
         if progress is not None:
-            progress(high - start)
+            progress(int(columns["sample_id"][-1]) + 1 - start)
     if lost:
         raise _refusal(recipe.key, lost, stop - start)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -196,11 +229,13 @@ def score(
     batch_size: int,
     device: str,
     companion: np.ndarray | None = None,
+    served: Callable[[Spec], Callable[..., torch.Tensor]] | None = None,
 ) -> np.ndarray:
     """One scorer over the rows [start, start + len(samples)): (B,) or (B, D) float32.
 
     Batches are laid out by absolute index too, with empty places where rows are missing. ``companion`` holds the
-    samples of the companion recipe at the same indices, for scorers that have one.
+    samples of the companion recipe at the same indices, for scorers that have one. ``served`` gives the reward of a
+    spec where it is scored somewhere else; features, and rewards that depend on the row, are scored here.
 
     Raises:
         ValueError: a value that is not finite, with its index; or companions that are missing.
@@ -213,6 +248,9 @@ def score(
             f"scorer {scorer['name']} compares every sample with its companion's, {samples.shape}, but got {found}. "
             "It serves the metric trajectory alone."
         )
+    elsewhere = None
+    if served is not None and scorer["name"] in registry.rewards.names() and companion is None:
+        elsewhere = served(scorer)
     pieces = []
     stop = start + len(samples)
     with torch.no_grad():
@@ -226,7 +264,7 @@ def score(
                 other = np.zeros((batch_size, *companion.shape[1:]), dtype=companion.dtype)
                 other[low - first : high - first] = companion[low - start : high - start]
                 given.append(torch.from_numpy(other).to(device))
-            asked = plugin
+            asked = elsewhere or plugin
             if hasattr(plugin, "at"):
                 asked = plugin.at(torch.arange(first, first + batch_size, device=device))
             values = asked(*given)

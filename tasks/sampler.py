@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -85,8 +86,18 @@ class CountedModel:
         return torch.cat(parts)
 
 
+@dataclass
+class _Tally:
+    rows: int = 0
+    seconds: float = 0.0
+    reused: int = 0
+
+    def add(self, rows: int, seconds: float, reused: int) -> None:
+        self.rows, self.seconds, self.reused = self.rows + rows, self.seconds + seconds, self.reused + reused
+
+
 class CountedReward:
-    """Counts reward calls, one per sample, and refuses answers that are no rewards.
+    """Counts and times reward calls, one per sample, and refuses answers that are no rewards.
 
     A reward whose answer depends on the row (``measurement``) is asked about the rows of ``indices``: as many samples
     as there are, or K of each, rows outermost. A strategy that asks about other rows says which:
@@ -100,13 +111,23 @@ class CountedReward:
 
     def __init__(self, scorer: Any, name: str, indices: Tensor | None = None) -> None:
         self._plugin, self._name, self._indices = scorer, name, indices
-        self._count = [0]  # shared with what ``at`` returns
+        self._tally = _Tally()  # shared with what ``at`` returns
         self._of_rows: dict[int, Any] = {}
 
     @property
     def rows(self) -> int:
         """Samples that were scored so far."""
-        return self._count[0]
+        return self._tally.rows
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of scoring so far, wherever that was done."""
+        return self._tally.seconds
+
+    @property
+    def reused(self) -> int:
+        """Samples whose value was known."""
+        return self._tally.reused
 
     @property
     def scorer(self) -> Any:
@@ -116,7 +137,7 @@ class CountedReward:
     def at(self, indices: Tensor) -> CountedReward:
         """The same reward and count for other rows, (B,) int64 sample indices."""
         other = CountedReward(self._plugin, self._name, indices)
-        other._count = self._count
+        other._tally = self._tally
         return other
 
     def _scorer(self, count: int) -> Any:
@@ -134,8 +155,12 @@ class CountedReward:
         return self._of_rows[count]
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
-        self._count[0] += len(samples)
-        values = self._scorer(len(samples))(samples, cond)
+        scorer, began = self._scorer(len(samples)), time.perf_counter()
+        # One that remembers, or works elsewhere, knows better what a call took.
+        known = [getattr(scorer, name, None) for name in ("seconds", "reused")]
+        values = scorer(samples, cond)
+        took = time.perf_counter() - began if known[0] is None else scorer.seconds - known[0]
+        self._tally.add(len(samples), took, 0 if known[1] is None else scorer.reused - known[1])
         if values.shape != (len(samples),):
             raise ValueError(
                 f"reward {self._name} returned shape {tuple(values.shape)} for {len(samples)} samples; it must return "

@@ -26,7 +26,9 @@ def _totals(view: StudyView) -> Table:
     rows: list[list[Any]] = [
         ["trials", f"{len(table):,} ({len(distinct):,} different)"],
         ["network evaluations", _sum(distinct, "nfe")],
-        ["reward calls inside strategies", _sum(table, "reward_calls")],
+        ["reward calls inside strategies", _sum(distinct, "reward_calls")],
+        ["of these answered from memory", _sum(distinct, "reward_reused")],
+        ["seconds of scoring inside strategies", _sum(distinct, "reward_s")],
         ["device-seconds of generation", seconds],
     ]
     if summary.get("wall_s") is not None:

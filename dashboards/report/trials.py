@@ -29,11 +29,12 @@ def section(view: StudyView) -> list[Section]:
     """All trials."""
     if not view.table:
         return []
-    head = ["#", "part", "solver", "grid", "strategy", "NFE", "samples", *view.names, "state"]
+    head = ["#", "part", "solver", "grid", "strategy", "gives", "NFE", "samples", *view.names, "state"]
     rows = []
     for row in view.table:
         data = row.data
-        cells: list[Any] = [data["number"], data["part"], row.solver, row.grid, row.strategy, data["nfe"]]
+        cells: list[Any] = [data["number"], data["part"], row.solver, row.grid, row.strategy]
+        cells += [row.gives, data["nfe"]]
         cells.append(data["num_samples"])
         rows.append([*cells, *(measured(row, name) for name in view.names), data["state"]])
     return [Section("Trials", tables=[Table("trials", "All trials", head, rows)])]

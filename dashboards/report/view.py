@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from tasks import registry
+
 Z95 = 1.96
 
 # What a trial table of another version may lack.
@@ -100,6 +102,15 @@ class Row:
         spec = self.recipe["strategy"]
         sizes = ("n", "max_n", "particles", "children", "width", "rounds", "max_nfe", "iterations")
         return " ".join([spec["name"], *(f"{key}={spec[key]}" for key in sizes if key in spec)])
+
+    @property
+    def gives(self) -> str:
+        """What its samples are: draws of a law (with the bias that stays, where there is one), or optima."""
+        strategy = registry.strategies.build(self.recipe["strategy"])
+        if getattr(strategy, "semantics", "sample") == "best":
+            return "best"
+        bias = getattr(strategy, "bias", "")
+        return f"sample, biased: {bias}" if bias else "sample"
 
     @property
     def span(self) -> tuple[int, int]:

@@ -100,6 +100,14 @@ class Judge:
         except GONE:
             return None
 
+    def effects(self, row: Row) -> tuple[float, np.ndarray]:
+        """A trial's value and every sample's first-order effect on it.
+
+        Raises:
+            KeyError, CorruptShard, ValueError, TypeError: rows that are gone or damaged.
+        """
+        return self._effects(row, row.span[0], sum(row.span))
+
     def _effects(self, row: Row, first: int, stop: int) -> tuple[float, np.ndarray]:
         """The value on [first, stop) and every row's effect on it, (stop - first,); NaN for rows in quarantine."""
         key = (row.data["key"], first, stop)

@@ -42,9 +42,10 @@ class RayExecutor:
         gpus: accelerators per actor; fractions share one.
         pools: further pools by stage, ``{score: {workers: 1, gpus: 0.5}, write: {workers: 4}}``, with ``workers``,
             ``cpus``, ``gpus`` and ``resources`` each; a stage without a pool runs where the rows were generated.
-        reward_actor: ``{num_cpus: 1, num_gpus: 0, env: {pip: [...]}}`` has the rewards that strategies ask scored in
-            an actor of their own, one for each reward; empty scores them where the rows are generated. Values are
-            the same bit for bit on one kind of device.
+        reward_actor: ``{num_cpus: 1, num_gpus: 0, env: {pip: [...]}, metrics: false}`` has the rewards that strategies
+            ask scored in an actor of their own, one for each reward, while the worker goes on with the next batch (so
+            it holds two in memory); empty scores them where the rows are generated. ``metrics: true`` has it score
+            the rewards that metrics read too. Values are the same bit for bit on one kind of device.
         max_losses: how often a task's worker may die before the task itself is suspected.
         silence_s: how long a worker may not answer before it counts as lost. Ray alone can wait for ever for a node
             whose link was cut.
@@ -319,6 +320,8 @@ class _Actor:
 
         if reward_actor:
             worker.SERVED.append(partial(ray_rewards.ServedReward, options=reward_actor))
+            if reward_actor.get("metrics"):
+                worker.SERVED_METRICS.append(worker.SERVED[-1])
 
     def work(self, calls: list[Callable[..., Any]], task: Any, carried: Any) -> Any:
         """Some functions in a row: the first takes the task (and what was carried), the others what came before."""

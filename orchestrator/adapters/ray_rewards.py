@@ -13,7 +13,7 @@ from tasks.recipe import digest, scorer_identity
 from tasks.registry import Spec, unknown
 from tasks.remembered import Remembered
 
-FIELDS = ("num_cpus", "num_gpus", "env")
+FIELDS = ("num_cpus", "num_gpus", "env", "metrics")
 TRIES = 3
 
 # Handles of this process: an actor ends when nobody holds one any more.
@@ -24,7 +24,8 @@ def check(options: Mapping[str, Any]) -> None:
     """Refuse options that mean nothing.
 
     Raises:
-        ValueError: an unknown one, a share that is no number of at least 0, or an environment that is no mapping.
+        ValueError: an unknown one, a share that is no number of at least 0, an environment that is no mapping, or
+            ``metrics`` that is neither true nor false.
     """
     for key, value in options.items():
         if key not in FIELDS:
@@ -34,8 +35,20 @@ def check(options: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"executor.reward_actor.env must be a Ray runtime environment, {{pip: [...]}}, got {value!r}."
                 )
+        elif key == "metrics":
+            if not isinstance(value, bool):
+                raise ValueError(f"executor.reward_actor.metrics must be true or false, got {value!r}.")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise ValueError(f"executor.reward_actor.{key} must be a number of at least 0, got {value!r}.")
+
+
+def _shared(array: Any) -> Tensor:
+    """A tensor over the same memory."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array)
 
 
 class RewardActor:
@@ -46,14 +59,19 @@ class RewardActor:
 
         use_one_thread()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._scorer = Remembered(registry.rewards.build(spec))
+        reward = registry.rewards.build(spec)
+        self._cheap = bool(getattr(reward, "cheap", False))
+        self._scorer = Remembered(reward)
 
-    def score(self, samples: Any, cond: Any) -> Any:
-        """Numpy in, numpy out: (B, *shape) and (B,) or None -> (B,)."""
+    def score(self, samples: Any, cond: Any) -> tuple[Any, float, int]:
+        """Numpy in: (B, *shape) and (B,) or None; the values (B,), seconds of scoring, and how many were known."""
+        seconds, reused = self._scorer.seconds, self._scorer.reused
         with torch.no_grad():
-            given = torch.from_numpy(samples.copy()).to(self._device)
-            labels = None if cond is None else torch.from_numpy(cond.copy()).to(self._device)
-            return self._scorer(given, labels).cpu().numpy()
+            # What Ray hands over is shared and may not be written; scorers only read it.
+            given = _shared(samples).to(self._device)
+            labels = None if cond is None else _shared(cond).to(self._device)
+            values = (self._scorer.always if self._cheap else self._scorer)(given, labels).cpu().numpy()
+        return values, self._scorer.seconds - seconds, self._scorer.reused - reused
 
     def counts(self) -> dict[str, float]:
         """Rows scored and reused, and seconds of scoring."""
@@ -65,11 +83,16 @@ class ServedReward:
 
     The first worker that asks makes the actor, under a name that the reward's identity determines. It ends with that
     worker; then the next call makes another.
+
+    Attributes:
+        seconds: that the actor took to score for this object.
+        reused: rows whose values the actor knew.
     """
 
     def __init__(self, spec: Spec, options: Mapping[str, Any]) -> None:
         self._spec, self._options = spec, dict(options)
         self.name = f"solvus-reward-{digest(scorer_identity(spec))}"
+        self.seconds, self.reused = 0.0, 0
 
     def actor(self) -> Any:
         """Its handle."""
@@ -91,7 +114,8 @@ class ServedReward:
         given = samples.cpu().numpy(), None if cond is None else cond.cpu().numpy()
         for attempt in range(TRIES):
             try:
-                values = ray.get(self.actor().score.remote(*given))
+                values, seconds, reused = ray.get(self.actor().score.remote(*given))
+                self.seconds, self.reused = self.seconds + seconds, self.reused + reused
                 return torch.from_numpy(values.copy()).to(samples.device)
             except ray.exceptions.RayActorError:  # it ended with the worker that made it
                 _HELD.pop(self.name, None)

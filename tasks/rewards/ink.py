@@ -19,6 +19,7 @@ class Ink:
     """
 
     needs_labels = False
+    cheap = True
     differentiable = True
     revision = "1"
 

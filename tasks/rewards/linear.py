@@ -24,6 +24,7 @@ class Linear:
     slope: float = 1.0
 
     needs_labels = False
+    cheap = True
     differentiable = True
     revision = "1"
 

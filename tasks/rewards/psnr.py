@@ -28,6 +28,7 @@ class PSNR:
     """
 
     needs_labels = True
+    cheap = True
     differentiable = True
 
     @property

@@ -26,6 +26,7 @@ class Quadratic:
     q: float = 1.0
 
     needs_labels = False
+    cheap = True
     differentiable = True
     revision = "1"
 

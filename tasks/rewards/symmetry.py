@@ -19,7 +19,9 @@ class Symmetry:
     """
 
     needs_labels = False
+    cheap = True
     differentiable = True
+    passing = -0.2  # one plain digit in six is as symmetric
     revision = "1"
 
     def check(self, shape: tuple[int, ...]) -> None:

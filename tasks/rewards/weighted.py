@@ -47,6 +47,11 @@ class Weighted:
         return any(part.needs_labels for part in self.parts)
 
     @property
+    def cheap(self) -> bool:
+        """Whether all of them cost next to nothing."""
+        return all(getattr(part, "cheap", False) for part in self.parts)
+
+    @property
     def differentiable(self) -> bool:
         """Whether all of them are."""
         return all(getattr(part, "differentiable", False) for part in self.parts)

@@ -71,6 +71,7 @@ class ActiveSampling:
     uses_reward = True
     branches = False
     semantics = "sample"
+    bias = "the likelihood of a noisy state is that of its prediction"
 
     def __post_init__(self) -> None:
         if self.acquisitions < 0:

@@ -60,6 +60,7 @@ class AFDPS:
 
     uses_reward = True
     branches = True
+    intermediate = True
     semantics = "sample"
 
     def __post_init__(self) -> None:

@@ -93,6 +93,11 @@ class DAS:
         return self.particles > 1
 
     @property
+    def intermediate(self) -> bool:
+        """Clean predictions are judged."""
+        return self.particles > 1
+
+    @property
     def branches(self) -> bool:
         """Resampling copies particles; and a proposal needs noise."""
         return self.particles > 1

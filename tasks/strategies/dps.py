@@ -40,6 +40,7 @@ class DPS:
     uses_reward = True
     branches = False
     semantics = "sample"
+    bias = "the likelihood of a noisy state is that of its prediction"
 
     def __post_init__(self) -> None:
         if not self.zeta >= 0:

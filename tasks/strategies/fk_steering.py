@@ -104,6 +104,11 @@ class FKSteering:
         return self.particles > 1
 
     @property
+    def intermediate(self) -> bool:
+        """Clean predictions are judged."""
+        return self.particles > 1
+
+    @property
     def branches(self) -> bool:
         """Resampling copies particles."""
         return self.particles > 1 and self.trigger != "never"

@@ -140,6 +140,11 @@ class FKC:
         return max(1.0, 6.0 * (1.0 - 1.0 / self.total)) if self.zeta2 is None else self.zeta2
 
     @property
+    def intermediate(self) -> bool:
+        """A tilt judges noisy states."""
+        return self.strength is not None
+
+    @property
     def uses_reward(self) -> bool:
         """Only for a tilt."""
         return self.strength is not None

@@ -93,6 +93,11 @@ class SVDD:
         return self.children > 1
 
     @property
+    def intermediate(self) -> bool:
+        """Clean predictions are judged; rollouts are whole samples."""
+        return self.children > 1 and self.value == "posterior_mean"
+
+    @property
     def branches(self) -> bool:
         """Children of one state differ by their noise."""
         return self.children > 1
@@ -101,6 +106,11 @@ class SVDD:
     def semantics(self) -> str:
         """A (biased) draw from the tilted law, or a greedy optimum."""
         return "sample" if self.selection == "softmax" else "best"
+
+    @property
+    def bias(self) -> str:
+        """What no number of children takes away."""
+        return "the reward of the mean is not the soft value" if self.value == "posterior_mean" else ""
 
     def account(self, evaluations: Sequence[int]) -> Account:
         """What T steps of one chain spend, with every prediction used twice."""

@@ -109,6 +109,11 @@ class TreeSearch:
         """DTS samples, DTS* optimises."""
         return "sample" if self.rule == "soft" else "best"
 
+    @property
+    def bias(self) -> str:
+        """What a tree of any one size has."""
+        return "visits depend on the values" if self.rule == "soft" else ""
+
     def check_recipe(self, recipe: Any) -> None:
         """Solvers of one evaluation a step without a memory, and at least one whole rollout."""
         refuse_other_solvers(recipe, allow_memory=False)

@@ -231,7 +231,45 @@ def test_a_reward_in_an_actor_of_its_own_gives_the_rows_of_this_process_bit_for_
         pool.close()
 
 
+def test_a_served_reward_reports_the_seconds_and_the_reuse_of_its_actor_and_leaves_shared_arrays_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from orchestrator.adapters import ray_rewards
+    from tasks import registry
+
+    class Handle:
+        """An actor without Ray: what it is given may not be written, as what Ray hands over."""
+
+        def __init__(self, spec: Any) -> None:
+            self._actor, self.score = ray_rewards.RewardActor(spec), self
+
+        def remote(self, samples: Any, cond: Any) -> Any:
+            for array in (samples, cond):
+                array.flags.writeable = False
+            return self._actor.score(samples, cond)
+
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    samples, cond = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    for name, reused in (("class_log_prob", 6), ("ink", 0)):  # what is cheap is not looked up
+        spec = registry.rewards.complete(name)
+        served, handle = ray_rewards.ServedReward(spec, {}), Handle(spec)
+        monkeypatch.setattr(served, "actor", lambda handle=handle: handle)
+        plain = registry.rewards.build(spec)(samples, cond)
+        assert torch.equal(served(samples.clone(), cond.clone()), plain)
+        seconds = served.seconds
+        assert seconds > 0 and served.reused == 0
+        assert torch.equal(served(samples.clone(), cond.clone()), plain) and served.reused == reused
+        assert (served.seconds > seconds) == (reused == 0)
+
+
 def test_an_actor_with_options_that_mean_nothing_is_refused() -> None:
-    for options, message in (({"gpus": 1}, "unknown field"), ({"num_cpus": -1}, "at least 0"), ({"env": 3}, "runtime")):
+    for options, message in (
+        ({"metrics": 1}, "metrics must be true or false"),
+        ({"gpus": 1}, "unknown field"),
+        ({"num_cpus": -1}, "at least 0"),
+        ({"env": 3}, "runtime"),
+    ):
         with pytest.raises(ValueError, match=message):
             RayExecutor(reward_actor=options)

@@ -236,7 +236,7 @@ def test_a_search_is_answered_on_held_out_samples_with_its_optimism_at_equal_cou
 def test_the_scaling_study_and_space_plan_and_keep_their_budget(solvus: Callable, tmp_path: Path) -> None:
     found = solvus("plan", "study=scaling", f"root={tmp_path}", "--json")
     assert found.code == 0, found.err
-    assert found.data["nfe"] == 11 * 512 * 64
+    assert found.data["nfe"] == 12 * 512 * 64
     searched = ["model=digits", "solver=ddim", "solver.eta=1", "reward=class_log_prob", "metrics=[mean_reward]"]
     found = solvus("plan", *searched, "search=tpe", "space=scaling", f"root={tmp_path}", "--json")
     assert found.code == 0, found.err
@@ -248,10 +248,11 @@ def test_a_report_of_strategies_says_at_which_cost_and_draws_what_candidates_buy
 ) -> None:
     arms = [
         "{nfe:2,strategy:{name:best_of_n,n:8}}", "{nfe:4,strategy:{name:best_of_n,n:4}}", "{nfe:16,strategy:single}",
-        "{nfe:4,strategy:{name:fk_steering,particles:4,first:1,every:1}}",
+        "{nfe:4,strategy:{name:fk_steering,particles:4,first:1,every:1,strength:50}}",
     ]  # fmt: skip
     run = solvus(
-        "run", "model=digits", "solver=ddim", "solver.eta=1", "reward=class_log_prob", "metrics=[mean_reward]",
+        "run", "model=digits", "solver=ddim", "solver.eta=1", "reward=symmetry",
+        "metrics=[{name: mean_reward, reward: symmetry}]",
         "search=grid", f"search.space={{allocation:[{','.join(arms)}]}}", "num_samples=16", "batch_size=64",
         "tracker=none", "name=arms", f"root={tmp_path}",
     )  # fmt: skip
@@ -260,4 +261,19 @@ def test_a_report_of_strategies_says_at_which_cost_and_draws_what_candidates_buy
     assert "At 16 evaluations a sample (to 5%)" in page
     assert "Costs differ:" in page and "against 0 reward calls" in page
     assert "pass@k" in page and "Best split of 16 evaluations: best of" in page
-    assert "best of k follows" in page
+    assert "best of k follows" in page and "standard errors)" in page
+    assert "pass@k by BIC" in page and "saturating beta" in page and "p0" in page
+    assert "best_of_n n=4, DDIM (eta=1), 4 steps [best]:" in page and "single, DDIM (eta=1), 16 steps [sample]:" in page
+    assert "Recommended at this cost:" in page and "random halves of the" in page and "Holm" in page
+    assert "s of scoring)" in page
+
+
+def test_a_bias_that_stays_is_named() -> None:
+    def gives(**spec: Any) -> str:
+        return Row({"recipe": json.dumps({"strategy": spec})}).gives
+
+    assert gives(name="single") == gives(name="fk_steering") == gives(name="das") == "sample"
+    assert gives(name="best_of_n") == gives(name="beam") == gives(name="rollover") == gives(name="svdd") == "best"
+    assert gives(name="svdd", selection="softmax") == "sample, biased: the reward of the mean is not the soft value"
+    assert gives(name="svdd", selection="softmax", value="monte_carlo") == "sample"
+    assert gives(name="dps").startswith("sample, biased") and gives(name="fk_steering", output="best") == "best"

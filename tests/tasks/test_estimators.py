@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tasks.estimators import best_of_k, best_split, bootstrap, fit_scaling, jackknife, pass_at_k
+from tasks.estimators import best_of_k, best_split, bootstrap, choose, fit_scaling, jackknife, pass_at_k
 
 STUDIES = 10_000
 
@@ -76,6 +76,9 @@ def test_a_power_law_is_found_again_with_intervals_around_it():
     for name, value in (("limit", 2.0), ("gain", 1.5), ("power", 0.7)):
         low, high = noisy.intervals[name]
         assert low < value < high
+    assert noisy.misfit < 1.5 and np.isnan(exact.misfit)
+    steps = np.array([0.0, 0.0, 0.0, 1.0, 1.0, 1.0]) + 0.1 * np.random.default_rng(5).normal(size=(400, 6))
+    assert fit_scaling(x, steps).misfit > 5  # no power law, and it shows
 
 
 def test_the_best_split_moves_to_longer_runs_as_the_budget_grows_and_reports_no_luck():
@@ -93,6 +96,8 @@ def test_the_best_split_moves_to_longer_runs_as_the_budget_grows_and_reports_no_
 
 
 def test_what_cannot_be_estimated_is_refused():
+    with pytest.raises(ValueError, match="needs 4 of them, got 3"):
+        choose({"a": np.zeros(3)})
     with pytest.raises(ValueError, match="k must lie between 1 and the 4 candidates"):
         best_of_k(np.zeros((2, 4)), 5)
     with pytest.raises(ValueError, match="finite"):

@@ -513,6 +513,23 @@ def test_a_reward_that_cannot_judge_predictions_is_refused(monkeypatch, name):
 
 
 @pytest.mark.parametrize(
+    "spec",
+    [
+        *({"name": "fk_steering", "potential": p} for p in ("difference", "max", "sum", "immediate")),
+        {"name": "svdd"}, {"name": "das"}, {"name": "fkc", "strength": 1.0}, {"name": "afdps"},
+    ],
+    ids=lambda spec: "-".join(str(value) for value in spec.values()),
+)  # fmt: skip
+def test_a_potential_of_predictions_refuses_a_reward_that_cannot_judge_them(monkeypatch, spec):
+    monkeypatch.setattr(registry.rewards.get("linear"), "scores_predictions", False, raising=False)
+    with pytest.raises(
+        ValueError, match=f"{spec['name']} judges unfinished samples .* reward linear cannot score these"
+    ):
+        recipe(solver=SDE, strategy=spec)
+    recipe(solver=SDE, strategy={"name": "svdd", "value": "monte_carlo"})  # judges whole samples
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         ({"name": "pruned_best_of_n", "checks": [0.6, 0.3]}, "checks must increase within"),

@@ -1,0 +1,43 @@
+"""Whether a device has room for the particles that a strategy holds at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+COPIES = 8  # states, predictions, their decoded form, and what indexing and a step copy of them
+
+
+def free_bytes(device: str) -> int:
+    """Memory that may be taken on a device now."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def check_room(recipe: Any) -> None:
+    """Refuse more particles than fit beside one another.
+
+    Calls of the network are split into batches whatever the number of particles; their states are not, because a group
+    is weighed and resampled as a whole. What gradients keep of a network comes on top and is not judged here.
+
+    Raises:
+        ValueError: says how many particles fit.
+    """
+    particles = recipe.parts.strategy.particles
+    rows = max(1, recipe.batch_size // particles)
+    each = COPIES * math.prod(recipe.parts.model.shape) * getattr(torch, recipe.dtype).itemsize
+    free = free_bytes(recipe.device)
+    if rows * particles * each <= free:
+        return
+    fits = free // each
+    raise ValueError(
+        f"strategy {recipe.strategy['name']} holds {rows * particles} particles of shape "
+        f"{tuple(recipe.parts.model.shape)} at once, about {rows * particles * each / 2**30:.3g} GiB, but "
+        f"{recipe.device} has {free / 2**30:.3g} GiB free. {fits} particles fit: use fewer of them a sample"
+        + (", or a smaller batch_size." if rows > 1 else ".")
+    )

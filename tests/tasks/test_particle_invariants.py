@@ -1,0 +1,122 @@
+"""What every strategy with weighted particles keeps to, whatever it weighs by."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tasks import room
+from tasks.noise import RowNoise
+from tasks.recipe import Recipe
+from tasks.run import generate
+from tasks.sampler import CountedModel
+from tasks.smc import ParticleState
+
+K, ROWS = 5, 3
+MIXTURE = {
+    "name": "gmm", "weights": [0.5, 0.3, 0.2], "means": [[-2.0], [0.5], [2.5]],
+    "covariances": [[[0.25]], [[0.09]], [[0.36]]],
+}  # fmt: skip
+QUADRATIC = {"name": "quadratic"}
+MEASURED = {"name": "measurement", "operator": "all", "sigma_y": 0.7, "model": MIXTURE, "y": [1.2]}
+CASES = [
+    *({"name": "fk_steering", "particles": K, "strength": 2.0, "first": 1, "every": 1, "potential": p,
+       "potential_scale": 0.3, "lag": lag}
+      for p in ("difference", "max", "sum", "immediate") for lag in (True, False)),
+    *({"name": "das", "particles": K, "tempering": t, "gamma": 0.3, "trigger": "always"}
+      for t in ("power", "linear", "adaptive")),
+    {"name": "minority", "n": K, "interval": 1, "threshold": 1.0},
+    {"name": "fkc", "particles": K, "strength": 1.0},
+    {"name": "fkc", "particles": K, "exponents": [2.0]},
+    {"name": "afdps", "n": K, "threshold": 1.0},
+]  # fmt: skip
+EVERY = pytest.mark.parametrize("strategy", CASES, ids=lambda s: "-".join(str(v) for v in s.values()))
+
+
+def recipe(strategy, **fields):
+    reward = MEASURED if strategy["name"] == "afdps" else QUADRATIC
+    if strategy == CASES[-2]:
+        reward = None
+    made = Recipe(
+        MIXTURE, {"name": "ddim", "eta": 1.0}, {"name": "uniform", "num_steps": 6}, "none", strategy, reward,
+        **{"dtype": "float64", "batch_size": K * ROWS} | fields,
+    ).completed()  # fmt: skip
+    made.check()
+    return made
+
+
+def particles_of(strategy, monkeypatch, move):
+    """Sorted log-weights and log Z, with equal step noise for all particles of a group and a resampling of our own."""
+    plain = RowNoise.normal
+
+    def same(self, shape, purpose):
+        drawn = plain(self, shape, purpose)
+        if purpose == "prior" or self.num_rows != K * ROWS:
+            return drawn
+        return drawn.view(ROWS, K, *shape)[:, :1].expand(ROWS, K, *shape).reshape(-1, *shape)
+
+    monkeypatch.setattr(RowNoise, "normal", same)
+    monkeypatch.setattr(ParticleState, "resample", move)
+    rows = generate(recipe(strategy), 0, ROWS)
+    return np.sort(rows["log_weights"], axis=1), rows["log_z"]
+
+
+@EVERY
+def test_everything_that_belongs_to_a_particle_follows_it(strategy, monkeypatch):
+    """Particles that trade places, all that is theirs with them, weigh the same in the end: a tensor that stayed behind
+    (a prediction, a running reward, a twist, a gradient, a reward that was already paid for) would show."""
+    turned = torch.cat([r * K + torch.roll(torch.arange(K), 2) for r in range(ROWS)])
+    still = particles_of(strategy, monkeypatch, lambda self, how, noise: self)
+    moved = particles_of(strategy, monkeypatch, lambda self, how, noise: self.reindex(turned))
+    assert np.ptp(still[0], axis=1).min() > 1e-3
+    for a, b in zip(still, moved, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@EVERY
+def test_the_weights_of_a_group_that_is_not_resampled_are_carried_to_its_log_z(strategy, monkeypatch):
+    """log Z and the last weights do not depend on when equal weights are divided out."""
+
+    def settle(self, how, noise):
+        gain = torch.logsumexp(self.grouped, 1) - np.log(K)
+        return replace(self, log_w=(self.grouped - gain[:, None]).flatten(), log_z=self.log_z + gain)
+
+    carried = particles_of(strategy, monkeypatch, lambda self, how, noise: self)
+    settled = particles_of(strategy, monkeypatch, settle)
+    for a, b in zip(carried, settled, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@EVERY
+def test_rows_weights_and_costs_are_the_same_however_the_range_is_cut(strategy):
+    made = recipe(strategy, batch_size=2 * K)
+    whole, pieces = generate(made, 1, 8), [generate(made, a, b) for a, b in ((1, 2), (2, 5), (5, 8))]
+    for name in whole.keys() - {"seconds"}:
+        np.testing.assert_array_equal(np.concatenate([p[name] for p in pieces]), whole[name], err_msg=name)
+
+
+# --- room ------------------------------------------------------------------------------------------------------------
+
+
+def test_more_particles_than_a_batch_are_split_into_calls_that_fit(monkeypatch):
+    sizes, plain = [], CountedModel._call
+
+    def watched(self, function, x, times, cond):
+        return plain(self, lambda part, *rest: (sizes.append(len(part)), function(part, *rest))[1], x, times, cond)
+
+    monkeypatch.setattr(CountedModel, "_call", watched)
+    made = recipe({"name": "fk_steering", "particles": 40, "first": 2, "every": 2}, batch_size=16)
+    rows = generate(made, 0, 1)
+    assert max(sizes) == 16 and (rows["nfe"] == 6 * 40).all()
+
+
+def test_more_particles_than_memory_has_room_for_are_refused_with_the_number_that_fits(monkeypatch):
+    each = room.COPIES * 1 * 8
+    monkeypatch.setattr(room, "free_bytes", lambda device: 20 * each)
+    made = recipe({"name": "best_of_n", "n": 21}, batch_size=16)
+    with pytest.raises(ValueError, match=r"best_of_n holds 21 particles .* 20 particles fit: use fewer of them"):
+        generate(made, 0, 1)
+    assert len(generate(made.override({"strategy.n": 20}), 0, 1)["x0"]) == 1
+    with pytest.raises(ValueError, match="or a smaller batch_size"):
+        generate(made.override({"strategy.n": 4}).override({"batch_size": 64}), 0, 1)
