@@ -265,7 +265,7 @@ def test_a_report_of_strategies_says_at_which_cost_and_draws_what_candidates_buy
     assert "pass@k by BIC" in page and "saturating beta" in page and "p0" in page
     assert "best_of_n n=4, DDIM (eta=1), 4 steps [best]:" in page and "single, DDIM (eta=1), 16 steps [sample]:" in page
     assert "Recommended at this cost:" in page and "random halves of the" in page and "Holm" in page
-    assert "s of scoring)" in page
+    assert "seconds of scoring inside strategies" in page
 
 
 def test_a_bias_that_stays_is_named() -> None:
