@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         True,
     )
     export.add_argument("--out", metavar="DIR", required=True, help="a new folder")
-    train = verb("train", "train an embedded model again: digits, digits_flow, digits_classifier, digits_consistency")
+    train = verb("train", "train an embedded model again: digits, digits_dit, digits_flow, digits_classifier, …")
     train.add_argument("name")
     train.add_argument("--steps", type=int, help="optimiser steps")
     train.add_argument("--batch-size", type=int, help="images of a step")

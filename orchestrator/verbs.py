@@ -301,6 +301,7 @@ def train(args: Any) -> int:
 
     trainers = {
         "digits": digits.train,
+        "digits_dit": digits.train,
         "digits_flow": digits.train,
         "digits_classifier": classifier.train,
         "digits_consistency": consistency.train,

@@ -237,7 +237,8 @@ class Recipe:
             )
         self._check_skip()
         self._check_interval()
-        for _, plugin in calibration.places(p):
+        checked = {id(plugin): plugin for _, plugin in calibration.places(p)} | {id(p.guidance): p.guidance}
+        for plugin in checked.values():
             if hasattr(plugin, "check_recipe"):
                 plugin.check_recipe(self)
 
@@ -266,7 +267,7 @@ class Recipe:
             )
 
     def _check_interval(self) -> None:
-        """Refuse an interval of guidance whose cost could not be planned."""
+        """Refuse guidance whose cost differs from step to step where that could not be planned."""
         if not self._is_limited:
             return
         p = self.parts
@@ -279,8 +280,8 @@ class Recipe:
         for stands, why in obstacles:
             if stands:
                 raise ValueError(
-                    f"guidance.sigma_low and sigma_high limit guidance to some noise levels, but {why}, so its cost "
-                    "cannot be planned. Set both to null, or use another one."
+                    f"guidance {self.guidance['name']} costs more at some noise levels than at others, but {why}, so "
+                    "its cost cannot be planned. Guide every level alike, or use another one."
                 )
 
     @property
@@ -359,6 +360,8 @@ class Recipe:
         a solver that chooses its own steps; the rows know what they cost.
         """
         found = self.parts.strategy.account(self.evaluations)
+        if getattr(self.parts.guidance, "differentiates", False):
+            found = replace(found, gradients=max(found.gradients, found.nfe))
         return replace(found, exact=False) if getattr(self.parts.solver, "adaptive", False) else found
 
     @property
@@ -392,6 +395,8 @@ class Recipe:
             more["calibrated_times"] = self.times if self.has_calibrated_times else None
         if getattr(self.parts.strategy, "revision", None) is not None:
             more["strategy_revision"] = self.parts.strategy.revision
+        if getattr(self.parts.guidance, "revision", None) is not None:
+            more["guidance_revision"] = self.parts.guidance.revision
         return digest(
             more
             | {
@@ -501,6 +506,8 @@ def _whole(head: str, value: Any, current: Any) -> Any:
         return value
     if head == "reward" and value in (None, "null"):
         return None
+    if head == "guidance" and isinstance(value, list | tuple):
+        value = {"name": "chain", "parts": [{"name": part} if isinstance(part, str) else part for part in value]}
     if not isinstance(value, str | Mapping):
         return registry.ALL[head].complete(value)  # refused there
     spec = {"name": value} if isinstance(value, str) else dict(value)

@@ -31,7 +31,8 @@ def use_one_thread() -> None:
 
 
 @lru_cache(maxsize=4)
-def _load(spec: str, device: str) -> Model:
+def load(spec: str, device: str) -> Model:
+    """A model by its canonical spec, kept warm between calls of one process."""
     return registry.models.build(json.loads(spec)).load(device)
 
 
@@ -43,7 +44,7 @@ def load_model(recipe: Recipe) -> Model:
     """
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device here. Use device=cpu.")
-    return _load(canonical(recipe.model), recipe.device)
+    return load(canonical(recipe.model), recipe.device)
 
 
 def blocks(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:

@@ -35,6 +35,20 @@ class CountedModel:
         """The model's answer for any number of rows."""
         return self._call(self._model.denoise, x, (t,), cond)
 
+    def other(
+        self, model: Model, x: Tensor, t: float | Tensor, cond: Tensor | None, share: float | Tensor = 1.0
+    ) -> Tensor:
+        """Another network's answer, charged to the same account.
+
+        Args:
+            model: the other network.
+            x, t, cond: what it is asked.
+            share: its multiply-adds in units of the counted network's.
+        """
+        answer = self._call(model.denoise, x, (t,), cond)
+        self.work += len(x) * (float(share) - self._share)
+        return answer
+
     @contextmanager
     def skipping(self, mask: int) -> Iterator[None]:
         """Within, the network runs without the blocks of a mask, and costs less."""
@@ -136,17 +150,29 @@ class CountedReward:
         return values
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Conditioned:
+    """What a solver sees during one step.
+
+    Where the guided model has two predictions, the solver steps with the one that re-noises, and ``shift`` remembers by
+    how much the guided one differs at the step's first evaluation.
+    """
+
     model: Model
     cond: Tensor | None
+    shift: Tensor | None = None
 
     @property
     def process(self) -> Any:
         return self.model.process
 
     def denoise(self, x: Tensor, t: float | Tensor) -> Tensor:
-        return self.model.denoise(x, t, self.cond)
+        if not hasattr(type(self.model), "both"):
+            return self.model.denoise(x, t, self.cond)
+        guided, renoising = self.model.both(x, t, self.cond)  # type: ignore[attr-defined]
+        if self.shift is None:
+            self.shift = guided - renoising
+        return renoising
 
     def skipping(self, mask: int) -> AbstractContextManager[Any]:
         return self.model.skipping(mask)  # type: ignore[attr-defined]
@@ -182,6 +208,10 @@ class Sampler:
     initial: Any = None
     resume: Any = None
 
+    def __post_init__(self) -> None:
+        if hasattr(type(self.model), "on_grid"):  # guidance that differs from step to step
+            object.__setattr__(self, "model", self.model.on_grid(self.times))  # type: ignore[attr-defined]
+
     @property
     def num_steps(self) -> int:
         """N."""
@@ -213,8 +243,13 @@ class Sampler:
         if s > t and self.stock_steps is None:
             x = self.model.process.renoise(state.x, t, s, noise.at(i))
             return State(x, state.x0_hat, self._memory(i + 1), i + 1)
-        model = _Conditioned(self.model, self.cond)
-        return self.solver.step(model, state, t, s, noise.at(i))
+        guided = self.model.at_step(i) if hasattr(type(self.model), "at_step") else self.model  # type: ignore[attr-defined]
+        model = _Conditioned(guided, self.cond)
+        state = self.solver.step(model, state, t, s, noise.at(i))
+        if model.shift is None:
+            return state
+        x0_hat = None if state.x0_hat is None else state.x0_hat + model.shift
+        return replace(state, x=state.x + self.model.process.alpha(s) * model.shift, x0_hat=x0_hat)
 
     def run(self, noise: Noise) -> State:
         """All steps of one trajectory a row."""
