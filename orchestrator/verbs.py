@@ -297,7 +297,7 @@ def train(args: Any) -> int:
     from tasks.checkpoint import WEIGHTS
     from tasks.registry import unknown
     from tasks.run import use_one_thread
-    from tasks.training import classifier, consistency, digits
+    from tasks.training import classifier, consistency, digits, one_more_step
 
     trainers = {
         "digits": digits.train,
@@ -305,6 +305,7 @@ def train(args: Any) -> int:
         "digits_flow": digits.train,
         "digits_classifier": classifier.train,
         "digits_consistency": consistency.train,
+        "digits_one_more_step": one_more_step.train,
     }
     if args.name not in trainers:
         raise unknown("embedded model", args.name, sorted(trainers), "Known")

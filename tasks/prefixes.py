@@ -53,6 +53,7 @@ def keys(recipe: Recipe) -> tuple[str, ...]:
         "revision": p.model.revision,
         "guidance": identity(recipe.guidance),
         "initial": recipe.initial,
+        "revisions": [getattr(part, "revision", None) for part in (p.guidance, p.initial)],
         "labels": recipe.labels,
         "batch_size": recipe.batch_size,
         "seed": recipe.seed,

@@ -237,8 +237,7 @@ class Recipe:
             )
         self._check_skip()
         self._check_interval()
-        checked = {id(plugin): plugin for _, plugin in calibration.places(p)} | {id(p.guidance): p.guidance}
-        for plugin in checked.values():
+        for _, plugin in calibration.places(p):
             if hasattr(plugin, "check_recipe"):
                 plugin.check_recipe(self)
 
@@ -340,8 +339,10 @@ class Recipe:
         """
         grid, stock_steps = self.grid
         p = self.parts
+        aside = getattr(p.initial, "side_evaluations", 0)  # those that guidance does not act on
         if self._is_limited and not getattr(p.solver, "adaptive", False):
-            return tuple(count for count, _ in rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps))
+            first, *others = (n for n, _ in rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps))
+            return (first + aside, *others)
         spent: list[int] = []
         for first, last in segments(grid) if stock_steps is None else [(0, stock_steps)]:
             spent += [0] * (first > 0)
@@ -350,7 +351,8 @@ class Recipe:
             run = account.steps(p.solver, last - begin, stock_steps is not None or grid[last] == 0)
             spent += run[first - begin :]
         spent[0] += p.initial.evaluations
-        return tuple(p.guidance.evaluations * each for each in spent)
+        found = [p.guidance.evaluations * each for each in spent]
+        return (found[0] + aside, *found[1:])
 
     @cached_property
     def account(self) -> Account:
@@ -362,7 +364,8 @@ class Recipe:
         found = self.parts.strategy.account(self.evaluations)
         if getattr(self.parts.guidance, "differentiates", False):
             found = replace(found, gradients=max(found.gradients, found.nfe))
-        return replace(found, exact=False) if getattr(self.parts.solver, "adaptive", False) else found
+        saves = any(getattr(hook, "saves", False) for hook in getattr(self.parts.solver, "hook_objects", ()))
+        return replace(found, exact=False) if saves or getattr(self.parts.solver, "adaptive", False) else found
 
     @property
     def nfe(self) -> int:
@@ -395,6 +398,8 @@ class Recipe:
             more["calibrated_times"] = self.times if self.has_calibrated_times else None
         if getattr(self.parts.strategy, "revision", None) is not None:
             more["strategy_revision"] = self.parts.strategy.revision
+        if getattr(self.parts.initial, "revision", None) is not None:
+            more["initial_revision"] = self.parts.initial.revision
         if getattr(self.parts.guidance, "revision", None) is not None:
             more["guidance_revision"] = self.parts.guidance.revision
         return digest(

@@ -35,18 +35,29 @@ class CountedModel:
         """The model's answer for any number of rows."""
         return self._call(self._model.denoise, x, (t,), cond)
 
+    @property
+    def inner(self) -> Model:
+        """The model that is counted."""
+        return self._model
+
     def other(
-        self, model: Model, x: Tensor, t: float | Tensor, cond: Tensor | None, share: float | Tensor = 1.0
+        self,
+        denoise: Callable[..., Tensor],
+        x: Tensor,
+        t: float | Tensor,
+        cond: Tensor | None,
+        share: Callable[[], float] | None = None,
     ) -> Tensor:
-        """Another network's answer, charged to the same account.
+        """The answer of another network, or of this one in another way, charged to the same account.
 
         Args:
-            model: the other network.
+            denoise: gives the answer.
             x, t, cond: what it is asked.
-            share: its multiply-adds in units of the counted network's.
+            share: called afterwards, gives its multiply-adds in units of the counted network's; one when left out.
         """
-        answer = self._call(model.denoise, x, (t,), cond)
-        self.work += len(x) * (float(share) - self._share)
+        answer = self._call(denoise, x, (t,), cond)
+        if share is not None:
+            self.work += len(x) * (share() - self._share)
         return answer
 
     @contextmanager
@@ -173,6 +184,15 @@ class _Conditioned:
         if self.shift is None:
             self.shift = guided - renoising
         return renoising
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of all rows so far."""
+        return self.model.rows  # type: ignore[attr-defined]
+
+    def some(self, rows: Tensor) -> _Conditioned:
+        """The same for some rows: their indices, (b,) int64."""
+        return _Conditioned(self.model, None if self.cond is None else self.cond[rows])
 
     def skipping(self, mask: int) -> AbstractContextManager[Any]:
         return self.model.skipping(mask)  # type: ignore[attr-defined]

@@ -115,7 +115,7 @@ class _Guided:
                 return self._branches.beneath.denoise(x, t, cond)
         if getattr(self._model, "is_rehearsal", False):
             return self._branches.beneath.denoise(x, t, cond)
-        return self._model.other(_loaded(self._spec.bad, x.device.type), x, t, cond)  # type: ignore[attr-defined]
+        return self._model.other(_loaded(self._spec.bad, x.device.type).denoise, x, t, cond)  # type: ignore[attr-defined]
 
 
 def _loaded(spec: Spec | None, device: str) -> Model:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from tasks.branches import Branches
@@ -35,22 +37,36 @@ class Chain:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(guidance.complete(spec) for spec in self.parts))
-        names = [plugin.name for plugin in self.plugins]
-        if "chain" in names:
+        if any(getattr(plugin, "name", "") == "chain" for plugin in self.plugins):
             raise ValueError("guidance.parts holds a chain. List its parts instead.")
+        names = [plugin.name for plugin in self.plugins]
         if "cfgpp" in names and names[-1] != "cfgpp":
             raise ValueError(f"cfgpp has two predictions, so it must be the last of guidance.parts, got {names}.")
         if "cfgpp" in names and self.follows_grid:
             raise ValueError("cfgpp cannot be combined with cfg_schedule in guidance.parts. Leave one of them out.")
-        remembering = [plugin.name for plugin in self.plugins if getattr(plugin, "remembers", False)]
-        if len(remembering) > 1:
-            raise ValueError(f"guidance.parts can hold one of these savings at a time, got {', '.join(remembering)}.")
+        changing = [plugin.name for plugin in self.plugins if _edits(plugin)]
+        by_labels = {"cfg", "cfgpp", "rescaled_cfg", "cfg_schedule"}
+        if self.remembers and (len(changing) > 1 or not {*names} - {*changing} <= by_labels or self.limited):
+            raise ValueError(
+                f"guidance.parts holds {changing[0]}, which follows an evaluation with labels and one without at every "
+                f"step, so it can be combined with one of {', '.join(sorted(by_labels))} on all steps alone, got "
+                f"{', '.join(names)}."
+            )
 
     @cached_property
     def plugins(self) -> tuple[Any, ...]:
         """The parts, innermost first."""
-        built = [guidance.build(spec) for spec in self.parts]
-        return tuple(sorted(built, key=lambda plugin: not _edits(plugin)))
+        return tuple(guidance.build(spec) for spec in self.specs)
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """Their specs, innermost first."""
+        return tuple(sorted(self.parts, key=lambda spec: not _edits(guidance.get(spec["name"]))))
+
+    @property
+    def saves(self) -> bool:
+        """Whether one of them spares evaluations or parts of them."""
+        return any(getattr(plugin, "saves", False) for plugin in self.plugins)
 
     @property
     def evaluations(self) -> int:
@@ -87,6 +103,44 @@ class Chain:
         """The revisions of parts that have one."""
         return [r for r in (getattr(plugin, "revision", None) for plugin in self.plugins) if r is not None] or None
 
+    # A chain is calibrated part by part; the arrays of part i are named "i.name".
+
+    @property
+    def is_calibrated_here(self) -> bool:
+        """Whether one of them has to look at the model first."""
+        return any(hasattr(plugin, "calibrate") for plugin in self.plugins)
+
+    artifact: ClassVar[str] = ""
+    calibrated_on: ClassVar[tuple[str, ...]] = ("labels",)
+
+    @property
+    def calibration_revision(self) -> Any:
+        """Those of the parts."""
+        return [getattr(plugin, "calibration_revision", None) for plugin in self.plugins]
+
+    def calibration_fields(self) -> dict[str, Any]:
+        """What the artifact depends on."""
+        pairs = enumerate(self.plugins)
+        return {f"{i}.{p.name}": p.calibration_fields() for i, p in pairs if hasattr(p, "calibrate")}
+
+    def calibrate(self, bench: Any) -> dict[str, np.ndarray]:
+        """What each part finds."""
+        found = {}
+        for i, plugin in enumerate(self.plugins):
+            if hasattr(plugin, "calibrate"):
+                found |= {f"{i}.{name}": value for name, value in plugin.calibrate(bench).items()}
+        return found
+
+    def _given(self, i: int) -> Any:
+        """Part i with what its calibration found."""
+        arrays: dict[str, np.ndarray] = getattr(self, "calibrated", {})
+        mine = {name.split(".", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{i}.")}
+        if not mine:
+            return self.plugins[i]
+        part = copy.copy(self.plugins[i])
+        object.__setattr__(part, "calibrated", mine)
+        return part
+
     def check_recipe(self, recipe: Any) -> None:
         """Refuse what one of them refuses.
 
@@ -100,9 +154,9 @@ class Chain:
     def wrap(self, model: Model) -> Model:
         """The model within all parts."""
         found: Any = model
-        for plugin in self.plugins:
+        for i, plugin in enumerate(self.plugins):
             if _edits(plugin):
-                found = plugin.wrap(found)
+                found = self._given(i).wrap(found)
         return _Chained(found, self, None, None) if self.follows_grid else self.directed(found, None, None)
 
     def directed(self, model: Any, times: tuple[float, ...] | None, step: int | None) -> Any:
