@@ -32,6 +32,7 @@ def rows_of(count, seed=0):
         "classifier": rng.normal(2.0, 1.0, (count, DIM)).astype(np.float32),
         "identity": rng.normal(1.0, 1.0, (count, DIM)).astype(np.float32),
         "trajectory_distance": rng.exponential(0.1, (count, 1)).astype(np.float32),
+        "acceleration_distance": rng.exponential(0.1, (count, 1)).astype(np.float32),
     }
 
 
@@ -79,6 +80,7 @@ SPECS = [
     {"name": "cost"},
     {"name": "total_variation"},
     {"name": "trajectory"},
+    {"name": "acceleration"},
 ]
 EVERY = pytest.mark.parametrize("spec", SPECS, ids=lambda s: "-".join(str(v) for v in s.values()))
 ROWS, TOKENS = rows_of(120), tokens_of(120, np.full(8, 1 / 8))
