@@ -95,9 +95,10 @@ def integer(layer: Any, scale: float, zero: int) -> Callable[..., Tensor]:
     integers = torch.round(weight / scales.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     bias = None if layer.bias is None else layer.bias.detach().float()
-    end = (1.0, 0, torch.float32, "none", [], "")  # float32 out, nothing fused
+    end: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")  # float32 out, nothing fused
+    place: tuple[Any, ...] = ()
     if isinstance(layer, nn.Linear):
-        packed, run, place = ops.qlinear_prepack(integers, None), ops.qlinear_pointwise, ()
+        packed, run = ops.qlinear_prepack(integers, None), ops.qlinear_pointwise
     else:
         place = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
         packed, run = ops.qconv_prepack(integers, scales, scale, zero, *place, None), ops.qconv_pointwise

@@ -125,7 +125,7 @@ class Chain:
 
     def calibrate(self, bench: Any) -> dict[str, np.ndarray]:
         """What each part finds."""
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for i, plugin in enumerate(self.plugins):
             if hasattr(plugin, "calibrate"):
                 found |= {f"{i}.{name}": value for name, value in plugin.calibrate(bench).items()}

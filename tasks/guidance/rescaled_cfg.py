@@ -80,7 +80,7 @@ class _Guided:
         guided = without + spec.scale * (conditional - without)
         if not spec.rescale:
             return guided
-        kind: str = spec.prediction or getattr(self._model, "prediction", "v_prediction")
+        kind: Any = spec.prediction or getattr(self._model, "prediction", "v_prediction")
         alpha, sigma = expand(self.process.alpha(t), x), expand(self.process.sigma(t), x)
         y, like = (from_x0(kind, x, x0, alpha, sigma) for x0 in (guided, conditional))
         axes = list(range(1, x.dim()))
