@@ -216,7 +216,8 @@ def page(kept: Kept) -> str:
         "with the bias of so few particles. Most strategies maximise the reward of the first value: the others were",
         "not selected for. Diversity is the mean squared distance of two samples over that of two items of the data.",
         "The Fréchet distance of so few samples is biased upwards: compare it within this page only. The strength",
-        "of symmetry, 50, lies between values tried on another seed (30, 60, 100 and 300; `digits`, 64 evaluations); that of ink was not tried.",
+        "of symmetry, 50, lies between values tried on another seed (30, 60, 100 and 300; `digits`, 64 evaluations);",
+        "that of ink was not tried.",
     ]
     for name, block in BLOCKS.items():
         mine = [c for c in every if c["block"] == name]

@@ -99,7 +99,10 @@ def parser() -> argparse.ArgumentParser:
         True,
     )
     export.add_argument("--out", metavar="DIR", required=True, help="a new folder")
-    embedded = "digits, digits_flow, digits_classifier, digits_consistency, digits_tokens, digits_tokens_ar"
+    embedded = (
+        "digits, digits_flow, digits_classifier, digits_consistency, digits_dit, digits_tokens, digits_tokens_ar, "
+        "digits_one_more_step"
+    )
     train = verb("train", f"train an embedded model again: {embedded}")
     train.add_argument("name")
     train.add_argument("--steps", type=int, help="optimiser steps")

@@ -323,15 +323,17 @@ def train(args: Any) -> int:
     from tasks.checkpoint import WEIGHTS
     from tasks.registry import unknown
     from tasks.run import use_one_thread
-    from tasks.training import classifier, consistency, digits, tokens
+    from tasks.training import classifier, consistency, digits, one_more_step, tokens
 
     trainers = {
         "digits": digits.train,
+        "digits_dit": digits.train,
         "digits_flow": digits.train,
         "digits_classifier": classifier.train,
         "digits_consistency": consistency.train,
         "digits_tokens": tokens.train,
         "digits_tokens_ar": tokens.train,
+        "digits_one_more_step": one_more_step.train,
     }
     if args.name not in trainers:
         raise unknown("embedded model", args.name, sorted(trainers), "Known")

@@ -5,8 +5,8 @@ calibrating), a ``calibration_revision``, and ``calibrated_on``: the parts of th
 answer depends on. The artifact is kept under a key made of exactly these, so it is found again wherever they are equal,
 and its cost is recorded.
 
-Times come first, then the initial states, then the solver with its hooks, then the strategy: each may rely on those
-before.
+Guidance comes first (a quantised network), then times, initial states, the solver with its hooks, and the strategy:
+each may rely on those before.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Calibration:
     """One artifact that a recipe needs.
 
     Attributes:
-        place: which plug-in: ``times``, ``initial``, ``solver``, ``solver.hooks.N`` or ``strategy``.
+        place: which plug-in: ``guidance``, ``times``, ``initial``, ``solver``, ``solver.hooks.N`` or ``strategy``.
         key: content key of the artifact.
         meta: what the key is made of; kept beside the artifact.
     """
@@ -61,7 +61,8 @@ def places(parts: Any) -> list[tuple[str, Any]]:
     """The plug-ins that may need one, in the order in which they are calibrated."""
     hooks = getattr(parts.solver, "hook_objects", ())
     inner = [(f"solver.hooks.{i}", hook) for i, hook in enumerate(hooks)]
-    before = [("times", parts.times), ("initial", parts.initial), *inner, ("solver", parts.solver)]
+    before = [("guidance", parts.guidance), ("times", parts.times), ("initial", parts.initial)]
+    before += [*inner, ("solver", parts.solver)]
     return [*before, ("strategy", parts.strategy)]
 
 

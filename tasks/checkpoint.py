@@ -1,4 +1,4 @@
-"""A diffusers UNet kept in a folder: its configuration, schedule and weights, and the denoiser that they make."""
+"""A diffusers network kept in a folder: its configuration, schedule and weights, and the denoiser that they make."""
 
 from __future__ import annotations
 
@@ -90,24 +90,26 @@ def check_scheduler(scheduler: dict[str, Any]) -> None:
 
 
 class Checkpoint:
-    """A folder with a diffusers UNet2DModel: its configuration, its schedule and its weights, each read once.
+    """A folder with a diffusers network: its configuration, its schedule and its weights, each read once.
 
     Args:
-        folder: a pipeline folder (``unet/`` and ``scheduler/``) or a bare UNet folder.
+        folder: a pipeline folder (``unet/`` or ``transformer/``, and ``scheduler/``) or a network's own.
         scheduler: the scheduler configuration to use when the folder has none.
+        kind: the network's class, UNet2DModel or DiTTransformer2DModel.
 
     Raises:
         ValueError: the folder is not such a checkpoint, or the weights are damaged or of another shape.
     """
 
-    def __init__(self, folder: Path, scheduler: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, scheduler: dict[str, Any] | None = None, kind: str = "UNet2DModel") -> None:
         if not folder.is_dir():
             raise ValueError(f"model.path {str(folder)!r} is not a folder. Give one made by save_pretrained.")
-        self.unet = folder / "unet" if (folder / "unet").is_dir() else folder
+        part = "unet" if kind == "UNet2DModel" else "transformer"
+        self.unet = folder / part if (folder / part).is_dir() else folder
         self.config = read_json(self.unet / "config.json", "a diffusers UNet")
-        if self.config.get("_class_name") != "UNet2DModel":
+        if self.config.get("_class_name") != kind:
             raise ValueError(
-                f"{self.unet / 'config.json'} describes a {self.config.get('_class_name')!r}, not a UNet2DModel."
+                f"{self.unet / 'config.json'} describes a {self.config.get('_class_name')!r}, not a {kind}."
             )
         saved = folder / "scheduler" / "scheduler_config.json"
         if scheduler is None and not saved.exists():
@@ -134,6 +136,8 @@ class Checkpoint:
     @property
     def num_classes(self) -> int:
         """Labels besides the last embedding, which means "no label"; 0 for an unconditional network."""
+        if self.config["_class_name"] == "DiTTransformer2DModel":
+            return self.config["num_embeds_ada_norm"]  # diffusers adds the last one itself
         return max((self.config.get("num_class_embeds") or 0) - 1, 0)
 
     @property
@@ -155,17 +159,22 @@ class Checkpoint:
         ]
 
     @property
+    def skeleton(self) -> torch.nn.Module:
+        """The network without weights or numbers, on the meta device: what it is made of."""
+        return _skeleton(json.dumps(self.config, sort_keys=True))
+
+    @property
     def blocks(self) -> Blocks:
-        """The blocks of the UNet that steps may leave out."""
-        return _blocks(json.dumps(self.config, sort_keys=True), self.shape)
+        """The blocks of the network that steps may leave out."""
+        return _blocks(json.dumps(self.config, sort_keys=True), self.shape, self.num_classes)
 
     def network(self, device: str) -> torch.nn.Module:
-        """The UNet with its weights, in evaluation mode."""
+        """The network with its weights, in evaluation mode."""
         import diffusers
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        net = diffusers.UNet2DModel.from_config(self.config)  # type: ignore[attr-defined]
+        net = getattr(diffusers, self.config["_class_name"]).from_config(self.config)
         try:
             net.load_state_dict(load_file(self.weights))
         except SafetensorError as error:
@@ -177,17 +186,23 @@ class Checkpoint:
 
 
 @lru_cache(maxsize=64)
-def _blocks(config: str, shape: tuple[int, ...]) -> Blocks:
+def _skeleton(config: str) -> torch.nn.Module:
     import diffusers
 
-    with torch.device("meta"):  # neither weights nor numbers are needed to count
-        net = diffusers.UNet2DModel.from_config(json.loads(config)).eval()  # type: ignore[attr-defined]
-        labels = torch.zeros(1, dtype=torch.int64) if net.class_embedding is not None else None
-        return survey(net, torch.zeros(1, *shape), torch.zeros(1), labels)
+    found = json.loads(config)
+    with torch.device("meta"):
+        return getattr(diffusers, found["_class_name"]).from_config(found).eval()
+
+
+@lru_cache(maxsize=64)
+def _blocks(config: str, shape: tuple[int, ...], num_classes: int) -> Blocks:
+    with torch.device("meta"):
+        labels = torch.zeros(1, dtype=torch.int64) if num_classes else None
+        return survey(_skeleton(config), torch.zeros(1, *shape), torch.zeros(1), labels)
 
 
 class UNetDenoiser:
-    """A UNet2DModel as a denoiser: turns its prediction into the posterior mean."""
+    """A UNet2DModel or DiTTransformer2DModel as a denoiser: turns its prediction into the posterior mean."""
 
     def __init__(self, checkpoint: Checkpoint, device: str) -> None:
         self.process, self.prediction = checkpoint.process, checkpoint.prediction
@@ -242,6 +257,11 @@ class FolderModel:
     def revision(self) -> str:
         """Hash of weights and configuration."""
         return self.checkpoint.revision
+
+    @property
+    def skeleton(self) -> torch.nn.Module:
+        """The network without weights, on the meta device: what guidance may look for in it."""
+        return self.checkpoint.skeleton
 
     @property
     def blocks(self) -> Blocks:

@@ -252,8 +252,12 @@ def _evaluate(
     for j, hook in enumerate(hooks):
         if hasattr(hook, "adapt_time"):
             t, held[j] = hook.adapt_time(plan, i, x, t, held[j])
+    answering = next((j for j, hook in enumerate(hooks) if hasattr(hook, "answer")), None)
     with skipping(model, plan.steps[i]):
-        x0 = model.denoise(x, t)
+        if answering is None:
+            x0 = model.denoise(x, t)
+        else:
+            x0, held[answering] = hooks[answering].answer(plan, i, model, x, t, held[answering])
     if plan.told[i] != plan.starts[i]:
         x0 = _at_own_time(plan, i, x, x0)
     for j, hook in enumerate(hooks):

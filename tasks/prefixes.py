@@ -40,11 +40,12 @@ def keys(recipe: Recipe) -> tuple[str, ...]:
     """Key of the state at the end of every step of the grid but the last; empty where states cannot be shared.
 
     They can where the solver follows a schedule and nothing else looks at the trajectory: one particle, no hooks, no
-    calibration, a grid that only falls.
+    calibration, no guidance that knows its step or remembers earlier ones, a grid that only falls.
     """
     p = recipe.parts
     grid, stock_steps = recipe.grid
     shared = hasattr(p.solver, "prefix") and p.strategy.name == "single" and not recipe.calibrations
+    shared = shared and not getattr(p.guidance, "follows_grid", False) and not getattr(p.guidance, "remembers", False)
     if not shared or stock_steps is not None or getattr(p.times, "travels", False):
         return ()
     around = {
@@ -52,6 +53,7 @@ def keys(recipe: Recipe) -> tuple[str, ...]:
         "revision": p.model.revision,
         "guidance": identity(recipe.guidance),
         "initial": recipe.initial,
+        "revisions": [getattr(part, "revision", None) for part in (p.guidance, p.initial)],
         "labels": recipe.labels,
         "batch_size": recipe.batch_size,
         "seed": recipe.seed,

@@ -279,7 +279,7 @@ class Recipe:
             )
 
     def _check_interval(self) -> None:
-        """Refuse an interval of guidance whose cost could not be planned."""
+        """Refuse guidance whose cost differs from step to step where that could not be planned."""
         if not self._is_limited:
             return
         p = self.parts
@@ -292,8 +292,8 @@ class Recipe:
         for stands, why in obstacles:
             if stands:
                 raise ValueError(
-                    f"guidance.sigma_low and sigma_high limit guidance to some noise levels, but {why}, so its cost "
-                    "cannot be planned. Set both to null, or use another one."
+                    f"guidance {self.guidance['name']} costs more at some noise levels than at others, but {why}, so "
+                    "its cost cannot be planned. Guide every level alike, or use another one."
                 )
 
     @property
@@ -352,8 +352,10 @@ class Recipe:
         """
         grid, stock_steps = self.grid
         p = self.parts
+        aside = getattr(p.initial, "side_evaluations", 0)  # those that guidance does not act on
         if self._is_limited and not getattr(p.solver, "adaptive", False):
-            return tuple(count for count, _ in rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps))
+            first, *others = (n for n, _ in rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps))
+            return (first + aside, *others)
         spent: list[int] = []
         for first, last in segments(grid) if stock_steps is None else [(0, stock_steps)]:
             spent += [0] * (first > 0)
@@ -362,7 +364,8 @@ class Recipe:
             run = account.steps(p.solver, last - begin, stock_steps is not None or grid[last] == 0)
             spent += run[first - begin :]
         spent[0] += p.initial.evaluations
-        return tuple(p.guidance.evaluations * each for each in spent)
+        found = [p.guidance.evaluations * each for each in spent]
+        return (found[0] + aside, *found[1:])
 
     @cached_property
     def account(self) -> Account:
@@ -372,8 +375,11 @@ class Recipe:
         saves evaluations, or the lower bound of a solver that chooses its own steps; the rows know what they cost.
         """
         found, solver = self.parts.strategy.account(self.evaluations), self.parts.solver
-        decides = getattr(solver, "adaptive", False) or getattr(solver, "saves", False)
-        return replace(found, exact=False) if decides else found
+        if getattr(self.parts.guidance, "differentiates", False):
+            found = replace(found, gradients=max(found.gradients, found.nfe))
+        saves = getattr(solver, "saves", False)
+        saves = saves or any(getattr(hook, "saves", False) for hook in getattr(solver, "hook_objects", ()))
+        return replace(found, exact=False) if saves or getattr(solver, "adaptive", False) else found
 
     @property
     def nfe(self) -> int:
@@ -406,6 +412,10 @@ class Recipe:
             more["calibrated_times"] = self.times if self.has_calibrated_times else None
         if getattr(self.parts.strategy, "revision", None) is not None:
             more["strategy_revision"] = self.parts.strategy.revision
+        if getattr(self.parts.initial, "revision", None) is not None:
+            more["initial_revision"] = self.parts.initial.revision
+        if getattr(self.parts.guidance, "revision", None) is not None:
+            more["guidance_revision"] = self.parts.guidance.revision
         return digest(
             more
             | {
@@ -522,6 +532,8 @@ def _whole(head: str, value: Any, current: Any) -> Any:
         return value
     if head == "reward" and value in (None, "null"):
         return None
+    if head == "guidance" and isinstance(value, list | tuple):
+        value = {"name": "chain", "parts": [{"name": part} if isinstance(part, str) else part for part in value]}
     if not isinstance(value, str | Mapping):
         return registry.ALL[head].complete(value)  # refused there
     spec = {"name": value} if isinstance(value, str) else dict(value)

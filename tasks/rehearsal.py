@@ -27,6 +27,7 @@ class _Silent:
     num_classes: int
     blocks: Any
     shape: tuple[int, ...] = (1,)
+    is_rehearsal: bool = True
 
     def denoise(self, x: Tensor, t: Any, cond: Tensor | None = None) -> Tensor:
         return torch.zeros_like(x)
@@ -34,6 +35,20 @@ class _Silent:
     @contextmanager
     def skipping(self, mask: int) -> Iterator[float]:
         yield self.blocks.share(mask)
+
+
+def evaluations_per_call(guidance: Any) -> int:
+    """Network evaluations of one call of a guided model, found by making one."""
+    from tasks.processes import VP
+
+    silent: Any = _Silent(VP(), 1, None)
+    counted = CountedModel(silent, max_rows=1)
+    model = guidance.wrap(counted)
+    if hasattr(type(model), "on_grid"):
+        model = model.on_grid((1.0, 0.0))
+    with torch.no_grad():
+        model.denoise(torch.zeros(1, 1), 0.5, torch.zeros(1, dtype=torch.int64))
+    return counted.rows
 
 
 def rehearse(

@@ -38,7 +38,8 @@ def use_one_thread() -> None:
 
 
 @lru_cache(maxsize=4)
-def _load(spec: str, device: str) -> Model:
+def load(spec: str, device: str) -> Model:
+    """A model by its canonical spec, kept warm between calls of one process."""
     return registry.models.build(json.loads(spec)).load(device)
 
 
@@ -50,7 +51,7 @@ def load_model(recipe: Recipe) -> Model:
     """
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device here. Use device=cpu.")
-    return _load(canonical(recipe.model), recipe.device)
+    return load(canonical(recipe.model), recipe.device)
 
 
 @lru_cache(maxsize=4)
@@ -123,12 +124,12 @@ def generate(
     """
     if not 0 <= start < stop <= MAX_INDEX:
         raise ValueError(f"sample indices must satisfy 0 <= start < stop <= {MAX_INDEX}, got [{start}, {stop}).")
-    check_room(recipe)
     use_one_thread()
     device = recipe.device
     parts = calibration.bound(recipe, calibration.make_all(recipe) if artifacts is None else artifacts)
     grid, stock_steps = grid_of(parts)
     base = load_model(recipe)
+    check_room(recipe)
     if texts is not None and hasattr(base, "remember"):
         base.remember(texts)
     size = rows_per_block(recipe)

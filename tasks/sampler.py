@@ -37,6 +37,31 @@ class CountedModel:
         """The model's answer for any number of rows."""
         return self._call(self._model.denoise, x, (t,), cond)
 
+    @property
+    def inner(self) -> Model:
+        """The model that is counted."""
+        return self._model
+
+    def other(
+        self,
+        denoise: Callable[..., Tensor],
+        x: Tensor,
+        t: float | Tensor,
+        cond: Tensor | None,
+        share: Callable[[], float] | None = None,
+    ) -> Tensor:
+        """The answer of another network, or of this one in another way, charged to the same account.
+
+        Args:
+            denoise: gives the answer.
+            x, t, cond: what it is asked.
+            share: called afterwards, gives its multiply-adds in units of the counted network's; one when left out.
+        """
+        answer = self._call(denoise, x, (t,), cond)
+        if share is not None:
+            self.work += len(x) * (share() - self._share)
+        return answer
+
     @contextmanager
     def skipping(self, mask: int) -> Iterator[None]:
         """Within, the network runs without the blocks of a mask, and costs less."""
@@ -172,17 +197,38 @@ class CountedReward:
         return values
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Conditioned:
+    """What a solver sees during one step.
+
+    Where the guided model has two predictions, the solver steps with the one that re-noises, and ``shift`` remembers by
+    how much the guided one differs at the step's first evaluation.
+    """
+
     model: Model
     cond: Tensor | None
+    shift: Tensor | None = None
 
     @property
     def process(self) -> Any:
         return self.model.process
 
     def denoise(self, x: Tensor, t: float | Tensor) -> Tensor:
-        return self.model.denoise(x, t, self.cond)
+        if not hasattr(type(self.model), "both"):
+            return self.model.denoise(x, t, self.cond)
+        guided, renoising = self.model.both(x, t, self.cond)  # type: ignore[attr-defined]
+        if self.shift is None:
+            self.shift = guided - renoising
+        return renoising
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of all rows so far."""
+        return self.model.rows  # type: ignore[attr-defined]
+
+    def some(self, rows: Tensor) -> _Conditioned:
+        """The same for some rows: their indices, (b,) int64."""
+        return _Conditioned(self.model, None if self.cond is None else self.cond[rows])
 
     def select(self, index: Tensor) -> _Conditioned:
         return _Conditioned(self.model, reindex(self.cond, index))
@@ -228,6 +274,10 @@ class Sampler:
     initial: Any = None
     resume: Any = None
 
+    def __post_init__(self) -> None:
+        if hasattr(type(self.model), "on_grid"):  # guidance that differs from step to step
+            object.__setattr__(self, "model", self.model.on_grid(self.times))  # type: ignore[attr-defined]
+
     @property
     def num_steps(self) -> int:
         """N."""
@@ -259,8 +309,13 @@ class Sampler:
         if s > t and self.stock_steps is None:
             x = self.model.process.renoise(state.x, t, s, noise.at(i))
             return State(x, state.x0_hat, self._memory(i + 1), i + 1)
-        model = _Conditioned(self.model, self.cond)
-        return self.solver.step(model, state, t, s, noise.at(i))
+        guided = self.model.at_step(i) if hasattr(type(self.model), "at_step") else self.model  # type: ignore[attr-defined]
+        model = _Conditioned(guided, self.cond)
+        state = self.solver.step(model, state, t, s, noise.at(i))
+        if model.shift is None:
+            return state
+        x0_hat = None if state.x0_hat is None else state.x0_hat + model.shift
+        return replace(state, x=state.x + self.model.process.alpha(s) * model.shift, x0_hat=x0_hat)
 
     def run(self, noise: Noise) -> State:
         """All steps of one trajectory a row."""

@@ -542,7 +542,7 @@ def refuse_hook(hook: Any) -> None:
     Raises:
         ValueError: it changes what the network is told, or has to look at the model first.
     """
-    if any(hasattr(hook, name) for name in ("adapt_time", "transform_output")):
+    if any(hasattr(hook, name) for name in ("adapt_time", "transform_output", "answer")):
         raise ValueError(
             f"hook {hook.name} changes what the network is told, which a diffusers scheduler cannot do. Leave it out; "
             "allowed: dual_fast, heavy_ball, compensation with its ratios."

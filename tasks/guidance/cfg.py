@@ -86,7 +86,7 @@ class _Guided:
         if self._spec.limited:
             if isinstance(t, Tensor) and t.ndim:
                 inside = torch.tensor([self._spec.guides(self.process, float(s)) for s in t], device=x.device)
-                conditional = self._model.denoise(x, t, cond)
+                conditional = self._model.denoise(x, t, cond).clone()
                 if inside.any():
                     nothing = torch.full_like(cond[inside], self._model.num_classes)
                     without = self._model.denoise(x[inside], t[inside], nothing)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
+from torch import Tensor
+
 from tasks import integrator, presets
 from tasks.integrator import Plan
 from tasks.presets import Settings
@@ -187,6 +189,11 @@ class Unified:
     def start(self, process: Any, times: tuple[float, ...]) -> dict[str, Any]:
         """The memory before the first step."""
         return integrator.start(self.plan(process, times), self.hook_objects)
+
+    def spent(self, state: State) -> Tensor | None:
+        """Evaluations of every row, (B,) int64, where a hook lets them differ; else None."""
+        pairs = zip(self.hook_objects, state.memory["hooks"], strict=True)
+        return next((hook.spent(memory) for hook, memory in pairs if hasattr(hook, "spent")), None)
 
     def step(self, model: Conditioned, state: State, t: float, s: float, noise: Noise) -> State:
         """From t to s."""

@@ -37,4 +37,6 @@ class Single:
 
     def __call__(self, sampler: Any, reward: Reward | None, noise: Noise) -> Samples:
         """(B, *shape) samples."""
-        return Samples(sampler.run(noise).x)
+        state = sampler.run(noise)
+        spent = sampler.solver.spent(state) if hasattr(sampler.solver, "spent") else None
+        return Samples(state.x, {} if spent is None else {"nfe": spent.int()})

@@ -55,7 +55,7 @@ def test_the_frechet_distance_does_not_rise_again_towards_a_hundred_steps() -> N
     assert hundred <= twenty + 1.96 * (error_a**2 + error_b**2) ** 0.5
 
 
-@pytest.mark.parametrize("name", ["digits", "digits_flow", "digits_classifier"])
+@pytest.mark.parametrize("name", ["digits", "digits_dit", "digits_flow", "digits_classifier"])
 def test_every_embedded_model_says_how_it_was_made_and_its_loss_fell(name: str) -> None:
     record = json.loads((WEIGHTS / name / "training.json").read_text())
     assert record["command"].startswith(f"solvus train {name} ") and record["seed"] == 0

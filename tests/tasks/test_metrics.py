@@ -39,6 +39,7 @@ def rows_of(count, seed=0):
         "classifier_logits": rng.normal(0.0, 1.0, (count, DIM)).astype(np.float32),
         "trajectory_variance": rng.exponential(0.1, count),
         "trajectory_distance": rng.exponential(0.1, (count, 1)).astype(np.float32),
+        "acceleration_distance": rng.exponential(0.1, (count, 1)).astype(np.float32),
     }
 
 
@@ -101,6 +102,7 @@ SPECS = [
     {"name": "conditional_diversity", "features": "identity", "by": "half", "relative": False},
     {"name": "hallucination"},
     {"name": "hallucination", "threshold": 0.1},
+    {"name": "acceleration"},
 ]
 EVERY = pytest.mark.parametrize("spec", SPECS, ids=lambda s: "-".join(str(v) for v in s.values()))
 ROWS, TOKENS = rows_of(120), tokens_of(120, np.full(8, 1 / 8))
