@@ -93,10 +93,10 @@ def test_a_failed_shard_is_exit_status_one_with_its_reason_and_a_way_to_reproduc
 ) -> None:
     original = tasks_run.generate
 
-    def broken(recipe: Recipe, start: int, stop: int, *rest: Any) -> Any:
+    def broken(recipe: Recipe, start: int, stop: int, *rest: Any, **more: Any) -> Any:
         if start == 32:
             raise RuntimeError("the device fell off")
-        return original(recipe, start, stop, *rest)
+        return original(recipe, start, stop, *rest, **more)
 
     argv = ["run", *SMALL, f"root={tmp_path}", "search=grid", "search.space={seed:[0,1]}"]
     with monkeypatch.context() as patch:

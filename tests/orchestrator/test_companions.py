@@ -352,13 +352,13 @@ def test_companion_rows_withdrawn_under_a_worker_are_made_again(
     one = study(search={"name": "single"})
     key, original, gone = companion_of(one).key, tasks_run.generate, []
 
-    def withdrawn(recipe: Recipe, *rest: Any) -> Any:
+    def withdrawn(recipe: Recipe, *rest: Any, **more: Any) -> Any:
         if recipe.key != key and not gone:
             store = Store(one.root)
             gone.extend(store.committed("rows", key))
             for record in gone:
                 store.withdraw("rows", key, record)
-        return original(recipe, *rest)
+        return original(recipe, *rest, **more)
 
     monkeypatch.setattr(tasks_run, "generate", withdrawn)
     assert states(launch(one)) == [("complete", "")] and len(gone) == 2

@@ -305,11 +305,11 @@ class Shelf(dict):
 def test_a_prompt_belongs_to_its_index_and_is_encoded_once_for_all_processes(saved, prompt_file):
     _, folder = saved("stable_diffusion")
     made = recipe(folder, prompt_file, solver=DDIM)
-    run._load.cache_clear()
+    run.load.cache_clear()
     shelf = Shelf()
     whole = generate(made, 0, 8, texts=shelf)
     assert run.load_model(made).texts.encoded == len(shelf) == 4  # three distinct prompts and the empty one
-    run._load.cache_clear()
+    run.load.cache_clear()
     parts = [generate(made, 0, 3, texts=shelf), generate(made, 3, 8, texts=shelf)]
     assert run.load_model(made).texts.encoded == 0
     for name in ("x0", "prompt", "prompt_id", "group", "label"):

@@ -24,7 +24,7 @@ from token_oracles import (
     uniform,
 )
 
-from tasks import registry, tokens
+from tasks import registry, unmasking
 from tasks.noise import RowNoise
 from tasks.recipe import Recipe
 from tasks.run import generate
@@ -174,7 +174,7 @@ def test_float32_gumbel_noise_ends_at_the_logarithm_of_two_to_the_24():
     uniforms = torch.tensor([math.exp(-1.0), 1 - 1e-15], dtype=torch.float64)  # Gumbels 0 and 34.5
     for deficit, winner in ((16.5, 1), (16.7, 0), (30.0, 0)):
         logits = best - torch.tensor([0.0, deficit])
-        assert tokens.float32_gumbel(logits, uniforms) == winner
+        assert unmasking.float32_gumbel(logits, uniforms) == winner
         assert (logits - torch.log(-torch.log(uniforms))).argmax() == 1, "the exact draw takes the rare token"
 
 
@@ -183,7 +183,7 @@ def test_masks_are_revealed_at_a_tiny_rate_and_draws_keep_the_tail():
     sampler = sampler_of("ancestral", (1.0, 0.999, 0.0), MODEL)
     x = sampler.step(sampler.start(noise_of(rows)), noise_of(rows)).x
     assert abs(float((x != 3).double().mean()) - 1e-3) < 3 * math.sqrt(1e-3 / (4 * rows))
-    drawn = tokens.draw(ZIPF.expand(4000, 1, -1), noise_of(4000), "token")
+    drawn = unmasking.draw(ZIPF.expand(4000, 1, -1), noise_of(4000), "token")
     for share, found in ((ZIPF[0], (drawn == 0)), (ZIPF[500:].sum(), (drawn >= 500))):
         assert abs(float(found.double().mean()) - share) < 4 * math.sqrt(share * (1 - share) / 4000)
 
