@@ -16,6 +16,7 @@ from orchestrator.adapters.optuna_samplers.point_sampler import PointSampler
 from orchestrator.adapters.optuna_samplers.points import axes_of, key_of
 
 SEPARATE = 32  # up to so many features each has a length scale of its own
+LEAST = 1e-3  # an improvement by a smaller share of the loss is none, or the region would never shrink
 MOVED = 20  # numbers that a candidate changes, on average
 
 
@@ -92,10 +93,11 @@ class TurboSampler(PointSampler):
         side, better, worse = self.length, 0, 0
         crown = min(given, default=math.inf)
         for i, point in enumerate(own):
-            if point.loss < crown:
-                crown, better, worse = point.loss, better + 1, 0
+            if point.loss < crown - LEAST * abs(crown) or math.isinf(crown):
+                better, worse = better + 1, 0
             elif i > count:  # the first trials only fill the region
                 better, worse = 0, worse + 1
+            crown = min(crown, point.loss)
             if better == self.successes:
                 side, better = min(2 * side, 1.0), 0
             if worse >= max(count, 4):
