@@ -23,6 +23,7 @@ from mlflow import MlflowClient
 from orchestrator import cli
 from orchestrator.adapters import mlflow_pages as pages
 from orchestrator.adapters.mlflow_tracker import MLflow
+from orchestrator.results import Results
 
 # MLflow's own tables, under the SQLAlchemy that is installed.
 pytestmark = pytest.mark.filterwarnings(
@@ -150,7 +151,7 @@ def test_a_picture_shows_the_first_samples_side_by_side(tracked: Path) -> None:
     from tasks.recipe import Recipe
 
     store = Store(tracked, create=False)
-    (key, *_) = sorted(path.stem for path in (tracked / "store").rglob("recipes/*.json"))
+    key = Results(str(tracked), "tiny").trials()[0]["key"]
     recipe = Recipe(**store.get_json("recipes", key))
     trial = SimpleNamespace(recipe=recipe, num_samples=16, first_index=0, stop=16)
     strip = pages.picture(trial, store, 6)
