@@ -58,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     )
     submit.add_argument("--no-wait", action="store_true", help="return as soon as the job is accepted")
     submit.add_argument("--attach", action="store_true", help="if the study already runs there, follow it")
-    verb("status", "where the studies of a root stand", True)
+    status = verb("status", "where the studies of a root stand", True)
+    status.add_argument("--follow", action="store_true", help="look at a running study until it ends: stages, speed, "
+                        "best values, spending, time left, last errors")  # fmt: skip
     verb("report", "rebuild a study's report from the store", True)
     figure = verb("figure", "a finished study's figures and tables as files for a paper", True)
     figure.usage = "solvus figure [-h] [--json] [--format KINDS] STUDY --out DIR [KEY=VALUE ...]"

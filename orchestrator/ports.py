@@ -12,12 +12,28 @@ class WorkerLost(Exception):
     """A task whose worker died again and again: the task may be what kills it."""
 
 
+@dataclass(frozen=True)
+class Load:
+    """What an executor is doing.
+
+    Attributes:
+        stages: tasks by the stage that they wait for or are in.
+        devices: workers that generate.
+        retried: how often a task was given to another worker because its own was lost.
+    """
+
+    stages: Mapping[str, int] = field(default_factory=dict)
+    devices: int = 1
+    retried: int = 0
+
+
 class Executor(Protocol):
     """Runs pure functions somewhere. ``slots`` bounds how many may be in flight."""
 
     slots: int
 
     def submit(self, function: Callable[[Any], Any], task: Any) -> Future: ...
+    def load(self) -> Load: ...
     def close(self) -> None: ...
 
 

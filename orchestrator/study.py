@@ -92,6 +92,13 @@ class Study:
             found |= registry.metrics.build(spec).better
         return found
 
+    @property
+    def goal(self) -> tuple[str, str] | None:
+        """The value by which people ask what is best, and which way is up: the search's objective, or a quality."""
+        better = self.better
+        names = [*_objectives(self.search), *(name for name in better if name.startswith("quality/")), *better]
+        return next(((name, better[name]) for name in names if name in better), None)
+
     def context(self) -> SearchContext:
         """What the search may know."""
         _ = self.model_revision  # pinned from here on
@@ -192,6 +199,7 @@ class Trial:
     open_shards: int = 0
     attempts: int = 0
     counted: int = 0
+    had: int = 0  # samples that the store had when they were first asked for
     announced: bool = False
     damaged: bool = False
     ahead: frozenset[str] = frozenset()  # keys of the companion rows that are being made for it
@@ -253,6 +261,14 @@ class Trial:
     def fingerprint(self) -> str:
         """Changes when the result does."""
         return digest([self.state, self.values, self.errors])
+
+
+def _objectives(spec: Mapping[str, Any]) -> list[str]:
+    """The objectives of a search and of those inside it."""
+    spec = searches.complete(dict(spec))
+    own = spec.get("objectives") or [spec.get("objective")]
+    inside = [part for part in [*(spec.get("parts") or ()), spec.get("inner")] if part]
+    return [name for name in own if name] + [name for part in inside for name in _objectives(part)]
 
 
 def _short(value: Any) -> str:
@@ -446,6 +462,8 @@ class _Loop:
                 self.ledger.add(future.result())
             return self.prepared(trial, shard, error)
         trial.open_shards -= 1
+        if error is not None:
+            self.watch.lost(trial, shard, error)
         if error is None:
             self.ledger.add(future.result())
             self.watch.made(trial, shard, future.result())

@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestrator.exits import COMPLETE, DEGRADED, FAILED, Terminated
 from orchestrator.export import export
+from orchestrator.progress import COMPANIONS
 from orchestrator.verbs_figure import compare, figure
 from orchestrator.verbs_likelihood import likelihood
 from orchestrator.verbs_look import (
@@ -65,6 +66,7 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
     artifacts: set[str] = set()
     total = {"trials": 0, "shards": 0, "samples": 0, "samples_to_make": 0, "nfe": 0, "work": 0.0,
              "reward_calls": 0, "raced": 0}  # fmt: skip
+    parts: dict[str, dict[str, float]] = {}
     seen: set[tuple[str, int, int]] = set()
     beside: dict[str, list[tuple[int, int]]] = {}  # companion rows that are counted already
     companion_rows = 0
@@ -73,6 +75,8 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
         trial = study.trial(total["trials"], proposal)
         total["trials"] += 1
         total["raced"] += proposal.race is not None
+        part = parts.setdefault(proposal.part, {"trials": 0, "working": 0, "nfe": 0})
+        part["trials"] += 1
         total["samples"] += trial.num_samples
         work = shards(trial.recipe, columns, trial.first_index, trial.stop, study.shard_size, store)
         span = (trial.recipe.key, trial.first_index, trial.stop)
@@ -92,6 +96,8 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
                 total["nfe"] += evaluations
                 total["work"] += evaluations
                 companion_rows += stop - start
+        part["working"] += work.samples > 0
+        part["nfe"] += work.samples * account.nfe
         for piece in work.pieces:
             if piece.rows:
                 count = piece.stop - piece.start
@@ -99,7 +105,10 @@ def _foreseen(study: Any, store: Any) -> dict[str, Any]:
                 total["nfe"] += count * account.nfe
                 total["work"] += count * trial.recipe.work
                 total["reward_calls"] += count * account.reward_calls
-    return total | {"companions": companion_rows, "calibrations": len(artifacts)}
+    ahead_nfe = total["nfe"] - sum(part["nfe"] for part in parts.values())
+    if ahead_nfe:
+        parts[COMPANIONS] = {"trials": 0, "working": 0, "nfe": ahead_nfe}
+    return total | {"companions": companion_rows, "calibrations": len(artifacts), "parts": parts}
 
 
 def run(args: Any) -> int:
@@ -125,8 +134,10 @@ def launch(study: Any, command: str) -> tuple[dict[str, Any], list[str]]:
     Returns:
         what came of it, as plain data and in lines for people.
     """
+    from orchestrator.files import is_remote
     from orchestrator.ledger import Ledger
     from orchestrator.progress import Progress
+    from orchestrator.recent import Recent
     from orchestrator.redact import redact
     from orchestrator.registries import executors, trackers
     from orchestrator.results import Results
@@ -143,13 +154,21 @@ def launch(study: Any, command: str) -> tuple[dict[str, Any], list[str]]:
     results.save_study(study)
     ledger = Ledger(study.price_per_device_hour)
     began = time.monotonic()
-    results.save_state("running", foreseen)
+    results.save_state("running", {"foreseen": foreseen})
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
-    executor = executors.build(study.config["executor"]).start()
+    executor = executors.build(study.config["executor"]).start(study.name)
     tracker = trackers.build(study.config["tracker"]).start(study)
+    recent = Recent()
+    logging.getLogger("solvus").addHandler(recent)
     watch = Progress(
-        foreseen["samples"] + foreseen["companions"], report=lambda numbers: results.save_state("running", numbers)
+        foreseen,
+        report=lambda numbers: results.save_state("running", numbers),
+        report_s=10.0 if is_remote(study.root) else 2.0,
+        load=executor.load,
+        spent=ledger.summary,
+        goal=study.goal,
+        recent=recent,
     )
     trials: list[Any] = []
     finished = False
@@ -159,6 +178,7 @@ def launch(study: Any, command: str) -> tuple[dict[str, Any], list[str]]:
     finally:
         watch.close()
         executor.close()
+        logging.getLogger("solvus").removeHandler(recent)
         results.save_trials(trials)
         if not finished:
             results.save_state("interrupted", {"trials": watch.finished})

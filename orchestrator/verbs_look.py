@@ -36,6 +36,8 @@ def status(args: Any) -> int:
     from orchestrator import results
 
     root, name = root_and_name(args)
+    if args.follow:
+        return _follow(args, root, name)
     found = []
     for study in [name] if name else results.known(root):
         folder = results.Results(root, study)
@@ -68,6 +70,29 @@ def status(args: Any) -> int:
         lines += [f"  quarantined {index}: {why}" for index, why in row["quarantined"].items()]
     emit(args, found, "\n".join(lines) or f"no studies in {root}")
     return COMPLETE
+
+
+def _follow(args: Any, root: str, name: str | None) -> int:
+    """Follow the study that was named, or the only one that runs.
+
+    Raises:
+        ValueError: none was named, and not exactly one runs.
+    """
+    from orchestrator import results
+    from orchestrator.follow import follow
+
+    if name is None:
+        running = [study for study in results.known(root) if results.Results(root, study).state()["state"] == "running"]
+        if len(running) != 1:
+            which = f"these run: {', '.join(running)}" if running else "none runs"
+            raise ValueError(f"--follow needs one study, and in {root} {which}. Say which: study=NAME.")
+        (name,) = running
+    folder = results.Results(root, name)
+    folder.study()
+    try:
+        return follow(folder, args.json)
+    except KeyboardInterrupt:  # the study goes on; only looking at it ended
+        return COMPLETE
 
 
 def report(args: Any) -> int:

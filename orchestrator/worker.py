@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from orchestrator import rows
+from orchestrator import rows, telemetry
 from orchestrator.plan import ARTIFACTS, Shard
 from orchestrator.states import StateCache
 from orchestrator.store import CorruptShard, Store
@@ -95,7 +95,7 @@ def _trace(shard: Shard) -> None:
 def generate(shard: Shard) -> Made:
     """Stage 1, on the accelerator: the shard's columns, and what they cost. Reads them if they are there already."""
     store, recipe = _store(shard.root), _recipe(shard)
-    cost = _nothing()
+    cost, entered = _nothing(), time.perf_counter()
     if shard.rows:
         with _DEVICE:
             began = time.perf_counter()
@@ -115,9 +115,13 @@ def generate(shard: Shard) -> Made:
         cost["nfe"] = int(columns["nfe"].sum()) - cost["nfe_reused"]
         cost["reward_calls"] = int(columns["reward_calls"].sum())
         cost["decodes"] = int(columns["decodes"].sum())
+        telemetry.record("solvus_rows", cost["rows"])
+        telemetry.record("solvus_nfe", cost["nfe"])
+        telemetry.record("solvus_device_seconds", cost["generate_s"], stage="generate")
     else:
         table = pa.concat_tables(store.read("rows", recipe.key, shard.start, shard.stop))
         columns = {"x0": rows.samples(table, sample_shape(recipe.parts.model)), "label": rows.to_numpy(table["label"])}
+    telemetry.record("solvus_stage_seconds", time.perf_counter() - entered, stage="generate")
     return {"columns": columns, "cost": cost}
 
 
@@ -162,6 +166,7 @@ def calibrate(shard: Shard) -> dict[str, Any]:
 def write(shard: Shard, made: Made) -> Made:
     """Stage 2, on a CPU: encode the rows and commit them."""
     if shard.rows:
+        entered = time.perf_counter()
         store, recipe = _store(shard.root), Recipe(**shard.recipe)
         model = recipe.parts.model
         constants = {
@@ -173,6 +178,7 @@ def write(shard: Shard, made: Made) -> Made:
         }
         table = rows.to_table(made["columns"], model.kind, constants)
         store.put("rows", recipe.key, shard.start, shard.stop, table, dict(made["cost"]), origin())
+        telemetry.record("solvus_stage_seconds", time.perf_counter() - entered, stage="write")
     return made
 
 
@@ -180,6 +186,7 @@ def score(shard: Shard, made: Made) -> dict[str, Any]:
     """Stage 3, where the scorers run: the missing columns. Returns the shard's whole cost."""
     store, recipe, cost = _store(shard.root), Recipe(**shard.recipe), dict(made["cost"])
     samples, labels = rows.as_stored(made["columns"]["x0"], recipe.parts.model.kind), made["columns"]["label"]
+    entered = time.perf_counter()
     for scorer in shard.scorers:
         companion = _companion(shard, recipe, scorer, store)
         with _DEVICE:
@@ -191,9 +198,13 @@ def score(shard: Shard, made: Made) -> dict[str, Any]:
             seconds = time.perf_counter() - began
         cost["score_s"] += seconds
         cost["scored"] += len(values)
+        telemetry.record("solvus_reward_seconds", seconds, scorer=scorer["name"])
+        telemetry.record("solvus_scored", len(values), scorer=scorer["name"])
+        telemetry.record("solvus_device_seconds", seconds, stage="score")
         ledger = {"score_s": seconds, "rows": len(values)}
         table = rows.column_table(values, shard.start)
         store.put("columns", recipe.column_key(scorer), shard.start, shard.stop, table, ledger, origin())
+    telemetry.record("solvus_stage_seconds", time.perf_counter() - entered, stage="score")
     return cost
 
 

@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.adapters import mlflow_pages as pages
 from orchestrator.files import is_remote, join, open_files
 from orchestrator.redact import redact, redact_all
 from orchestrator.registries import trackers
+from orchestrator.store import Store
 
 log = logging.getLogger("solvus")
 
 MAX_PARAM = 500
 MAX_BATCH = 100  # parameters of one call
+MAX_METRICS = 1000  # metrics of one call
+DESCRIBE_S = 60.0  # how often the description is written while a study runs
 # Measurements have no clock of their own; one fixed time makes sending them twice the same as sending them once.
 EPOCH_MS = 1_700_000_000_000
 
@@ -34,15 +38,27 @@ class MLflow:
     Runs in a thread of its own, so a slow or absent server never holds up generation. What could not be sent is sent
     when the server is back, in this launch or the next, once: a run that is there already is found by its tags.
 
+    The experiment and the launch carry a description with the main table and a link to charts of quality against
+    cost. A metric's step is the number of samples that it rests on, so a race shows as a curve.
+
     Args:
         uri: tracking URI; null takes $MLFLOW_TRACKING_URI, or else ``mlflow.db`` and ``mlartifacts/`` under the root.
         grace_s: how long the end of a study waits for a server that is away.
+        pictures: samples of every trial to show as one image, at equal index; 0 sends none.
+        system_metrics: log the driver's processor, memory, disk, network and accelerators to the launch every ten
+            seconds, in a thread of its own. Only launches that send a trial have one.
 
     Reference: Zaharia et al. 2018, "Accelerating the Machine Learning Lifecycle with MLflow".
     """
 
     uri: str | None = None
     grace_s: float = 30.0
+    pictures: int = 16
+    system_metrics: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pictures < 0:
+            raise ValueError(f"tracker.pictures must be at least 0 (0: none), got {self.pictures}.")
 
     def start(self, study: Any) -> Mirror:
         """Begin to mirror a launch of a study.
@@ -55,7 +71,7 @@ class MLflow:
             raise ValueError(
                 f"root {study.root} is no folder, so MLflow needs a server. Set tracker.uri or tracker=none."
             )
-        return Mirror(uri or local_uri(study.root), study, self.grace_s)
+        return Mirror(uri or local_uri(study.root), study, self.grace_s, self.pictures, self.system_metrics)
 
 
 def local_uri(root: str) -> str:
@@ -100,8 +116,12 @@ class Memo:
 class Mirror:
     """The thread that talks to MLflow."""
 
-    def __init__(self, uri: str, study: Any, grace_s: float) -> None:
+    def __init__(self, uri: str, study: Any, grace_s: float, pictures: int, system_metrics: bool) -> None:
         self._uri, self._study, self._grace = uri, study, grace_s
+        self._pictures, self._system = pictures, system_metrics
+        self._monitor: Any = None
+        self._trials: list[Any] = []  # all that ended, sent now or before: the description's table
+        self._described = -math.inf
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._client: Any = None
         self._parent: str | None = None
@@ -115,6 +135,7 @@ class Mirror:
 
     def log(self, trial: Any) -> None:
         """Send a finished trial some time soon."""
+        self._trials.append(trial)
         self._queue.put(("trial", trial))
 
     def close(self, summary: Mapping[str, Any], artifacts: list[tuple[str, bytes]]) -> None:
@@ -196,11 +217,16 @@ class Mirror:
         if kind == "trial":
             self._send(item)
             self._memo.add(item)
+            if self._parent is not None and time.monotonic() - self._described > DESCRIBE_S:
+                self._describe()
         elif self._parent is not None:
             summary, artifacts = item
             for name, data in artifacts:
                 self._client.log_text(self._parent, data.decode(), name)
             self._client.log_batch(self._parent, metrics=self._metrics(summary, 0))
+            self._describe()
+            if self._monitor is not None:
+                self._monitor.finish()
             self._client.set_terminated(self._parent)
             self._memo.save()
 
@@ -211,6 +237,27 @@ class Mirror:
             if isinstance(value, int | float)
         ]
 
+    def _describe(self) -> None:
+        """Say on the pages of the experiment and the launch what came out so far, and keep charts for it."""
+        from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+        trials, goal = list(self._trials), self._study.goal
+        text = pages.description(self._study.question, trials, goal, self._experiment)
+        self._client.set_tag(self._parent, MLFLOW_RUN_NOTE, text)
+        self._client.set_experiment_tag(self._experiment, MLFLOW_RUN_NOTE, text)
+        if goal is not None:
+            shown = self._study.recipe.parts.model.kind == "image" and self._pictures > 0
+            view = pages.chart_view(goal, self._study.num_samples if shown else None)
+            self._client.set_experiment_tag(self._experiment, pages.VIEW_TAG, view)
+            self._client.set_experiment_tag(self._experiment, "mlflow.experiment.primaryMetric.name", goal[0])
+            better = str(goal[1] == "higher")
+            self._client.set_experiment_tag(self._experiment, "mlflow.experiment.primaryMetric.greaterIsBetter", better)
+            points = pages.improvements(trials, goal)
+            history = [self._mlflow.entities.Metric(key, value, EPOCH_MS, step) for key, value, step in points]
+            for start in range(0, len(history), MAX_METRICS):
+                self._client.log_batch(self._parent, metrics=history[start : start + MAX_METRICS])
+        self._described = time.monotonic()
+
     def _launch(self) -> str:
         if self._parent is None:
             from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
@@ -219,6 +266,11 @@ class Mirror:
             run = self._client.create_run(self._experiment, tags=tags, run_name=f"{self._study.name} launch")
             self._parent = run.info.run_id
             self._client.log_text(self._parent, json.dumps(redact_all(self._study.config), indent=1), "study.json")
+            if self._system:
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                self._monitor = SystemMetricsMonitor(self._parent, tracking_uri=self._uri)
+                self._monitor.start()
         return self._parent
 
     def _send(self, trial: Any) -> None:
@@ -236,26 +288,48 @@ class Mirror:
             "solvus.state": trial.state,
             "solvus.reason": trial.reason[:5000],
             "solvus.commit": trial.commit,
+            "mlflow.source.git.commit": trial.commit,
         }
         begun = self._unfinished.pop(trial.identity, None)
         if begun is None:
             begun = self._client.create_run(self._experiment, tags=tags, run_name=trial.title).info.run_id
+        described = trial.described()
         params = {
             path: text if len(text := _text(value)) <= MAX_PARAM else text[: MAX_PARAM - 1] + "…"
-            for path, value in _flat(trial.described())
+            for path, value in _flat({"sampler": pages.sampler(described), "part": trial.part} | described)
         }
         entities = self._mlflow.entities
         errors = {f"{name}_se": error for name, error in trial.errors.items()}
+        costs = {} if trial.seconds is None else {"cost/seconds": trial.seconds}  # device-seconds of one sample
+        metrics = self._metrics(trial.values | errors | costs, trial.num_samples)
+        for look in trial.looks:
+            if look.samples < trial.num_samples:
+                metrics += self._metrics({trial.proposal.race.objective: look.value}, look.samples)
         entries = [entities.Param(path, text) for path, text in params.items()]
         for start in range(0, len(entries), MAX_BATCH):
             self._client.log_batch(begun, params=entries[start : start + MAX_BATCH])
         self._client.log_batch(
             begun,
-            metrics=self._metrics(trial.values | errors, trial.num_samples),
+            metrics=metrics,
             tags=[entities.RunTag("solvus.values", fingerprint)],
         )
+        self._client.log_inputs(begun, self._inputs(trial))
+        strip = None
+        if trial.state != "failed":
+            strip = pages.picture(trial, Store(self._study.root, create=False), self._pictures)
+        if strip is not None:
+            self._client.log_image(begun, strip, key="samples", step=trial.num_samples, timestamp=EPOCH_MS)
         self._client.set_terminated(begun, status="FAILED" if trial.state == "failed" else "FINISHED")
         self._known[trial.identity] = fingerprint
+
+    def _inputs(self, trial: Any) -> list[Any]:
+        entities = self._mlflow.entities
+        return [
+            entities.DatasetInput(
+                entities.Dataset(name, digest, "solvus", source), [entities.InputTag("mlflow.data.context", context)]
+            )
+            for context, name, digest, source in pages.datasets(trial)
+        ]
 
 
 def _text(value: Any) -> str:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from orchestrator import telemetry
 from orchestrator.adapters import ray_rewards
-from orchestrator.ports import WorkerLost
+from orchestrator.adapters.ray_metrics import RayMetrics
+from orchestrator.ports import Load, WorkerLost
 from orchestrator.registries import executors
 
 log = logging.getLogger("solvus")
@@ -49,6 +51,8 @@ class RayExecutor:
         max_losses: how often a task's worker may die before the task itself is suspected.
         silence_s: how long a worker may not answer before it counts as lost. Ray alone can wait for ever for a node
             whose link was cut.
+        metrics_port: where the agent of a Ray that is started here serves numbers to Prometheus; 0 takes a free port.
+            On a cluster Ray has its own (``ray start --metrics-export-port``).
 
     Reference: Moritz et al. 2018, "Ray: A Distributed Framework for Emerging AI Applications".
     """
@@ -61,6 +65,7 @@ class RayExecutor:
     reward_actor: dict[str, Any] = field(default_factory=dict)
     max_losses: int = 3
     silence_s: float = 60.0
+    metrics_port: int = 0
 
     def __post_init__(self) -> None:
         ray_rewards.check(self.reward_actor)
@@ -68,6 +73,8 @@ class RayExecutor:
             raise ValueError(
                 f"executor.workers must be at least 0 (0: as many as there is room for), got {self.workers}."
             )
+        if not 0 <= self.metrics_port < 65536:
+            raise ValueError(f"executor.metrics_port must lie in 0..65535 (0: any free one), got {self.metrics_port}.")
         if self.cpus < 0 or self.gpus < 0:
             raise ValueError(f"executor.cpus and executor.gpus must not be negative, got {self.cpus} and {self.gpus}.")
         if self.max_losses < 1 or self.silence_s <= 0:
@@ -80,9 +87,9 @@ class RayExecutor:
                     f"executor.pools.{stage} takes {', '.join(sorted(_FIELDS))}, workers >= 1; got {pool!r}."
                 )
 
-    def start(self) -> RayPool:
-        """Start or join Ray and make the actors."""
-        return RayPool(self)
+    def start(self, study: str = "") -> RayPool:
+        """Start or join Ray and make the actors; ``study`` labels what they say of themselves."""
+        return RayPool(self, study)
 
 
 @dataclass
@@ -115,11 +122,11 @@ class RayPool:
     so they only leave a note. The pool's thread reads the notes, hands out tasks and listens for the workers' pulse.
     """
 
-    def __init__(self, spec: RayExecutor) -> None:
+    def __init__(self, spec: RayExecutor, study: str = "") -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        self._ray, self._spec = ray, spec
+        self._ray, self._spec, self._study = ray, spec, study
         self._owned = not ray.is_initialized()
         if self._owned:
             local = spec.address == "local"
@@ -127,6 +134,8 @@ class RayPool:
             room += self._spec.reward_actor.get("num_cpus", 1) if self._spec.reward_actor else 0
             room += sum(pool.get("workers", 1) * pool.get("cpus", 1.0) for pool in spec.pools.values())
             options: dict[str, Any] = {"num_cpus": max(math.ceil(room), 1), "include_dashboard": False} if local else {}
+            if local and spec.metrics_port:
+                options["_metrics_export_port"] = spec.metrics_port
             ray.init(
                 address=spec.address,
                 log_to_driver=False,
@@ -137,7 +146,8 @@ class RayPool:
         self._workers: list[_Worker] = []
         self._waiting: deque[_Job] = deque()
         self._notes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._closed = False
+        self._closed, self._load, self._retried = False, Load(), 0
+        self._metrics = telemetry.open_sink(RayMetrics(study))
         self._ready_since = time.monotonic()
         self._target = max(spec.workers, 1)
         for _ in range(self._target):
@@ -160,9 +170,14 @@ class RayPool:
         self._notes.put(lambda: self._waiting.append(job))
         return job.future
 
+    def load(self) -> Load:
+        """As the pool's thread saw it last."""
+        return self._load
+
     def close(self) -> None:
         """End the actors, and Ray if this launch started it."""
         self._closed = True
+        telemetry.close_sink(self._metrics)
         self._thread.join(10)
         for worker in self._workers:
             self._ray.kill(worker.handle)
@@ -182,9 +197,15 @@ class RayPool:
             except queue.Empty:
                 pass
             self._dispatch()
+            self._load = self._look()
             if time.monotonic() - listened > interval:
                 listened = time.monotonic()
                 self._listen()
+
+    def _look(self) -> Load:
+        jobs = [*self._waiting, *(job for worker in self._workers for job in worker.jobs)]
+        stages = {stage: sum(job.stage == stage for job in jobs) for stage in ("generate", *self._spec.pools)}
+        return Load(stages, sum(worker.stage == "generate" for worker in self._workers), self._retried)
 
     def _add(self, stage: str) -> None:
         pool = self._spec.pools.get(stage, {"cpus": self._spec.cpus, "gpus": self._spec.gpus})
@@ -196,7 +217,7 @@ class RayPool:
             resources=dict(pool.get("resources", {})) or None,
             max_restarts=0,
         )
-        worker = _Worker(stage, remote.remote(dict(self._spec.reward_actor)))
+        worker = _Worker(stage, remote.remote(dict(self._spec.reward_actor), self._study))
         self._workers.append(worker)
         self._ask(worker)
 
@@ -228,6 +249,7 @@ class RayPool:
             log.debug("killing a lost worker: %s", gone)
         for job in worker.jobs:
             job.losses += 1
+            self._retried += job.losses < self._spec.max_losses
             job.stage, job.carried = "generate", None
             if job.losses >= self._spec.max_losses:
                 why = type(error).__name__ if error else "silence"
@@ -315,8 +337,10 @@ class RayPool:
 class _Actor:
     """Runs tasks in a warm process; answers its pulse from another thread."""
 
-    def __init__(self, reward_actor: dict[str, Any]) -> None:
+    def __init__(self, reward_actor: dict[str, Any], study: str) -> None:
         from orchestrator import worker
+
+        telemetry.open_sink(RayMetrics(study))
 
         if reward_actor:
             worker.SERVED.append(partial(ray_rewards.ServedReward, options=reward_actor))

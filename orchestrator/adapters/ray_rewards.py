@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from orchestrator import telemetry
 from tasks import registry
 from tasks.recipe import digest, scorer_identity
 from tasks.registry import Spec, unknown
@@ -111,11 +113,14 @@ class ServedReward:
         """(B,), on the samples' device."""
         import ray
 
+        began = time.perf_counter()
         given = samples.cpu().numpy(), None if cond is None else cond.cpu().numpy()
         for attempt in range(TRIES):
             try:
                 values, seconds, reused = ray.get(self.actor().score.remote(*given))
                 self.seconds, self.reused = self.seconds + seconds, self.reused + reused
+                telemetry.record("solvus_reward_seconds", time.perf_counter() - began, scorer=self._spec["name"])
+                telemetry.record("solvus_scored", len(values), scorer=self._spec["name"])
                 return torch.from_numpy(values.copy()).to(samples.device)
             except ray.exceptions.RayActorError:  # it ended with the worker that made it
                 _HELD.pop(self.name, None)
