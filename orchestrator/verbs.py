@@ -18,9 +18,11 @@ from orchestrator.export import export
 from orchestrator.verbs_figure import compare, figure
 from orchestrator.verbs_likelihood import likelihood
 from orchestrator.verbs_look import (
+    completion,
     doctor,
     emit,
     gc,
+    init,
     listing,
     report,
     root_and_name,
@@ -357,6 +359,7 @@ def ui(args: Any) -> int:
 
 
 VERBS = {
+    "init": init,
     "run": run,
     "plan": plan,
     "status": status,
@@ -375,4 +378,5 @@ VERBS = {
     "export": export,
     "ui": ui,
     "doctor": doctor,
+    "completion": completion,
 }
