@@ -38,7 +38,7 @@ def _contents() -> str:
 
 
 def _of_kind(kind: str) -> str:
-    rows = [f"| [{name}]({name}.md) | {_cell(_summary(kind, name))} |" for name in EVERY[kind].names()]
+    rows = [f"| [{name}]({name}.md) | {_cell(_markdown(_summary(kind, name)))} |" for name in EVERY[kind].names()]
     return "\n".join([f"# {kind}", "", f"| `{kind}=` | |", "|---|---|", *rows, ""])
 
 
@@ -67,12 +67,10 @@ def plugin(kind: str, name: str, measured: list[tuple[str, str, str, str]]) -> s
     tables = [row for row in measured if is_only and _same(row[3], name)]
     if tables:
         lines += ["", "## Measured"]
-    for place in dict.fromkeys(row[:2] for row in tables):
-        page, title = place
-        header = next(row[2] for row in tables if row[:2] == place)
-        columns = header.count("|") - 1
-        lines += ["", f"{title} ([{page}](../../{page})):", "", header, "|" + "---|" * columns]
-        lines += [row[3] for row in tables if row[:2] == place]
+    for place in dict.fromkeys(row[:3] for row in tables):
+        page, title, header = place
+        lines += ["", f"{title} ([{page}](../../{page})):", "", header, "|" + "---|" * (header.count("|") - 1)]
+        lines += [row[3] for row in tables if row[:3] == place]
     return "\n".join(lines) + "\n"
 
 

@@ -26,7 +26,8 @@ PAGES = [ROOT / name for name in TOP] + sorted((ROOT / "docs").rglob("*.md"))
 # What a documentation test cannot run, by what the command begins with or holds, and why.
 OTHER_PROGRAMS = {
     "make": "sets the machine up; continuous integration runs every target",
-    "docker": "needs Docker; tests/cluster checks the files", "kubectl": "needs Kubernetes; tests/cluster checks the files",
+    "docker": "needs Docker; tests/cluster checks the files",
+    "kubectl": "needs Kubernetes; tests/cluster checks the files",
     "helm": "needs Kubernetes", "sbatch": "needs Slurm; tests/cluster runs the script with a stand-in",
     "ray": "needs a cloud account", "aws": "needs a cloud account", "gcloud": "needs a cloud account",
     "pip": "installs", "install": "writes into the home folder", "cp": "needs the settings of a cluster",
