@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ NOT_RUN = {
     "…": "says what may stand there",
 }  # fmt: skip
 # Sizes with which a documented study is run here: it must work, not tell anything.
-SMALL = ["num_samples=16", "batch_size=16", "shard_size=16", "tracker=none", "executor=local"]
+SMALL = ["num_samples=80", "batch_size=80", "shard_size=80", "tracker=none", "executor=local"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def plugins() -> Iterator[Callable[[Block], None]]:
     def load(block: Block) -> None:
         for other in BLOCKS:
             if other.page == block.page and other.language == "python":
-                exec(compile(other.text, str(other), "exec"), {"__name__": "documented"})
+                exec(compile(other.text, str(other), "exec"), {"__name__": __name__})
 
     yield load
     for name, classes in kept.items():
@@ -199,12 +200,14 @@ def test_the_commands_of_a_page_run(page: str, folder: Path, solvus: Solvus, plu
         if block.language == "json":
             (folder / "my.json").write_text(block.text)
         if block.language == "python" and page == "docs/howto/model.md":
-            exec(compile(block.text, str(block), "exec"), {"__name__": "documented"})
+            exec(compile(block.text, str(block), "exec"), {"__name__": __name__})
         if block.uses_plugins:
             plugins(block)
         for _, command in [pair for pair in RUN if pair[0] is block]:
             words = shlex.split(command)[1:]
+            began = time.perf_counter()
             done = solvus(*words, *_sizes(words))
+            print(f"{time.perf_counter() - began:6.1f} s  {command}", file=sys.__stderr__)
             if done.code != 0:
                 failed.append(f"{block}: {command}: {done.code} {done.err[-300:]}")
             shutil.rmtree(folder / "my-solver", ignore_errors=True)
@@ -220,7 +223,7 @@ def _sizes(words: list[str]) -> list[str]:
     text = known[study].read_text() if study in known else " ".join(words)
     small = [size for size in SMALL if words[0] != "export" or size.startswith("batch")]
     if words[0] == "run" and re.search(r"num_trials|search[:=] ?(cmaes|tpe|turbo|nsga2)", text):
-        small += ["search.num_trials=2"]
+        small += ["search.num_trials=2", "search.baselines=[]", "search.held_out=80", "search.refine=0"]
     return small
 
 

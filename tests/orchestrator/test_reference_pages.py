@@ -1,4 +1,4 @@
-"""The reference of the documentation site: a page for every plug-in, from the registries, and one of the command line."""
+"""The reference of the site: a page for every plug-in, from the registries, and one of the command line."""
 
 from __future__ import annotations
 
