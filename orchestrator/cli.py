@@ -49,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--cfg", action="store_true", help="print the composed configuration and exit")
         return sub
 
+    init = verb("init", "write a commented study of your own, to edit and to run")
+    init.add_argument("name", help="of the study")
+    init.add_argument("--dir", default=".", help="write DIR/study/NAME.yaml (default the current folder)")
+    init.add_argument("--model", default="digits", help="the plug-in to start from (default digits)")
     run = verb("run", "run a study, or continue it: the same command again is the resume", True)
     run.add_argument("--frozen", metavar="FILE", help="a composed configuration as JSON instead of overrides")
     verb("plan", "dry run: trials, shards, samples, evaluations, time, money, and what the store already has", True)
@@ -123,13 +127,44 @@ def parser() -> argparse.ArgumentParser:
     ui = verb("ui", "MLflow's pages and optuna-dashboard over a root, on this machine only", True)
     ui.add_argument("--port", type=int, default=5000, help="MLflow's port (default 5000)")
     ui.add_argument("--optuna-port", type=int, default=8080, help="optuna-dashboard's port (default 8080)")
-    verb("doctor", "what is installed, which accelerator is seen, what is missing and how to get it")
+    verb("doctor", "what is installed, which accelerator is seen, what is missing, and what to do next")
+    completion = verb("completion", "a script with which a shell completes verbs, plug-ins, fields and studies")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="bash, zsh or fish")
+    completion.add_argument("--line", metavar="TEXT", help="print what may follow this command line, for the script")
     return top
+
+
+def verbs_of(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of every verb."""
+    (group,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(group.choices)
+
+
+def _refuse_unknown_verb(top: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Say which verb was meant; argparse would only list them all."""
+    from tasks.registry import unknown
+
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs_of(top):
+        if "=" in argv[0]:
+            top.error(f"a verb comes first: solvus run {shlex.join(argv)}")
+        top.error(str(unknown("verb", argv[0], sorted(verbs_of(top)), "Verbs")))
+
+
+def _unrecognized(stray: Sequence[str], verb: argparse.ArgumentParser) -> str:
+    """What does not belong to a verb, with the nearest option; and options that look like settings, or the reverse."""
+    from tasks.registry import unknown
+
+    options = [option for action in verb._actions for option in action.option_strings]
+    word = stray[0].split("=")[0]
+    if word.startswith("-"):
+        return str(unknown("option", word, sorted(options), "Options"))
+    return f"unrecognized arguments: {' '.join(stray)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Expected errors print without a traceback."""
     top = parser()
+    _refuse_unknown_verb(top, sys.argv[1:] if argv is None else argv)
     args, rest = top.parse_known_args(argv)
     if args.version:
         from importlib.metadata import version
@@ -141,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     stray = [item for item in rest if item.startswith("-") or "=" not in item]
     if stray:
-        top.error(f"unrecognized arguments: {' '.join(stray)}")
+        top.error(_unrecognized(stray, verbs_of(top)[args.verb]))
     if rest:
         args.overrides = [*getattr(args, "overrides", []), *rest]
     from orchestrator import verbs

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.files import is_remote
+from orchestrator.keys import FILES, GROUPS, VALUES, check_study_name, files_of
 from orchestrator.redact import redact_all
 from orchestrator.registries import EVERY
 from orchestrator.study import Study
@@ -19,14 +20,6 @@ from tasks.recipe import PLAIN, PLUGINS, Recipe
 from tasks.registry import metrics as metric_registry
 from tasks.registry import unknown
 from tasks.schedule import SolverSchedule
-
-GROUPS = ("model", "solver", "times", "initial", "guidance", "strategy", "reward", "search", "executor", "tracker")
-FILES = ("study", "cluster", "space", "preset")  # groups whose members are YAML files
-VALUES = (
-    "name", "question", "nfe", "schedule", "prompts", "metrics", "labels", "num_samples", "first_index", "batch_size",
-    "shard_size", "seed", "dtype", "device", "root", "storage", "price_per_device_hour",
-    "reuse_gib", "group_by",
-)  # fmt: skip
 
 
 def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> dict[str, Any]:
@@ -45,6 +38,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> dict[s
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     logging.getLogger("hydra").setLevel(logging.ERROR)
     store = ConfigStore.instance()
@@ -67,6 +61,8 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> dict[s
         data = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, chosen)) from None
+    except YAMLError as error:
+        raise ValueError(f"a study's file is no YAML: {' '.join(str(error).split())}. Mend that line.") from None
     assert isinstance(data, dict)
     found_data = {str(key): value for key, value in data.items() if key in (*GROUPS, *VALUES)}
     for group, name in chosen.items():
@@ -170,12 +166,6 @@ def studies(dirs: Sequence[str] = ()) -> dict[str, Path]:
     return files_of("study", dirs)
 
 
-def files_of(group: str, dirs: Sequence[str] = ()) -> dict[str, Path]:
-    """The YAML files of a configuration group, by name."""
-    folders = [Path(__file__).parent.parent / "configs", *map(Path, dirs)]
-    return {path.stem: path for folder in folders for path in sorted((folder / group).glob("*.yaml"))}
-
-
 def _check_names(overrides: Sequence[str], dirs: Sequence[str]) -> dict[str, str]:
     """Refuse unknown groups, plug-ins and studies with the nearest name; return which plug-in was chosen where."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -233,8 +223,7 @@ def study(data: dict[str, Any]) -> Study:
         if data[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {data[name]}.")
     name = str(data["name"])
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ValueError(f"name becomes a folder: use letters, digits, '.', '_' and '-', at most 100; got {name!r}.")
+    check_study_name(name)
     fields: dict[str, Any] = {key: data.get(key) for key in (*PLUGINS, *PLAIN)}
     recipe = Recipe(**fields).completed()
     if data.get("prompts") is not None:

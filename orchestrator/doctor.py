@@ -1,4 +1,4 @@
-"""What is installed here and what is missing."""
+"""What is installed here, what is missing, and what to do next."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ OPTIONAL = {
     "optuna-dashboard": "pip install optuna-dashboard; solvus ui then shows searches too",
     "plotly": "pip install plotly; reports need it",
 }
+
+FIRST_STEPS = (
+    ("solvus run study=tiny", "a first study, exact models only: half a minute"),
+    ("solvus init mine", "write a study of your own, with comments"),
+    ("solvus list", "every plug-in; `solvus show NAME` explains one"),
+    ('eval "$(solvus completion bash)"', "complete verbs, plug-ins and fields; also zsh, fish"),
+)
 
 
 def examine() -> list[dict[str, Any]]:
@@ -64,3 +71,19 @@ def examine() -> list[dict[str, Any]]:
         }
     )
     return findings
+
+
+def what_to_do(findings: list[dict[str, Any]]) -> list[str]:
+    """What to type next: what mends the findings, the needed ones first, or else the first steps."""
+    missing = [f for f in findings if f["needed"] and not f["ok"]]
+    lacking = [f for f in findings if not f["needed"] and not f["ok"]]
+    lines = []
+    if missing:
+        lines += [f"{len(missing)} needed thing(s) missing. What to do:"]
+        lines += [f"  {f['what']}: {f['fix']}" for f in missing]
+    else:
+        lines += ["all that is needed is here. What to do next:"]
+        lines += [f"  {command:<38} {why}" for command, why in FIRST_STEPS]
+    if lacking:
+        lines += ["not needed, and missing:", *(f"  {f['what']}: {f['fix']}" for f in lacking)]
+    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import os
@@ -21,7 +22,7 @@ class Results:
     """The folder of one study."""
 
     def __init__(self, root: str, name: str) -> None:
-        self.name, self._place = name, join(root, "studies", name)
+        self.name, self._root, self._place = name, root, join(root, "studies", name)
         self.files = open_files(self._place)
 
     @property
@@ -129,8 +130,10 @@ class Results:
         try:
             return json.loads(self.files.read("study.json"))
         except FileNotFoundError:
+            near = difflib.get_close_matches(self.name, known(self._root), n=1, cutoff=0.5)
+            hint = f", did you mean {near[0]!r}?" if near else "."
             raise ValueError(
-                f"no study in {self.folder}. Run it first: solvus run study={self.name}, or set root=DIR."
+                f"no study in {self.folder}{hint} Run it first: solvus run study={self.name}, or set root=DIR."
             ) from None
 
     def state(self) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from orchestrator.progress import COMPANIONS
 from orchestrator.verbs_figure import compare, figure
 from orchestrator.verbs_likelihood import likelihood
 from orchestrator.verbs_look import (
+    completion,
     doctor,
     emit,
     gc,
+    init,
     listing,
     report,
     root_and_name,
@@ -379,6 +381,7 @@ def ui(args: Any) -> int:
 
 
 VERBS = {
+    "init": init,
     "run": run,
     "plan": plan,
     "status": status,
@@ -397,4 +400,5 @@ VERBS = {
     "export": export,
     "ui": ui,
     "doctor": doctor,
+    "completion": completion,
 }

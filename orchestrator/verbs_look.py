@@ -1,4 +1,5 @@
-"""The verbs of the command line that only look: status, report, verify, gc, shard, list, show, doctor."""
+"""The verbs of the command line that only look: status, report, verify, gc, shard, list, show, doctor,
+completion, and ``init``, which writes a first study."""
 
 from __future__ import annotations
 
@@ -26,9 +27,22 @@ def root_and_name(args: Any) -> tuple[str, str | None]:
     """The root and, if one was named, the study of a verb that only reads."""
     from orchestrator import config
 
-    data = config.compose(args.overrides, args.config_dir)
+    files = config.studies(args.config_dir)
+    stored = [
+        f"name={name}" if key == "study" and name not in files and _is_stored(args, name) else item
+        for item in args.overrides for key, _, name in [item.partition("=")]
+    ]  # fmt: skip
+    data = config.compose(stored, args.config_dir)
     named = any(item.split("=")[0] in ("study", "name") for item in args.overrides)
     return config.root_of(data), str(data["name"]) if named else None
+
+
+def _is_stored(args: Any, name: str) -> bool:
+    """Whether a study of that name was run: its file need not be named again to read its results."""
+    from orchestrator import config, results
+
+    root = [item for item in args.overrides if item.startswith("root=")]
+    return name in results.known(config.root_of(config.compose(root)))
 
 
 def status(args: Any) -> int:
@@ -253,16 +267,41 @@ def _show_schedule(args: Any) -> int:
 
 def doctor(args: Any) -> int:
     """``solvus doctor``."""
-    from orchestrator.doctor import examine
+    from orchestrator.doctor import examine, what_to_do
 
     findings = examine()
     lines = [
         f"{'ok ' if f['ok'] else 'no '} {f['what']:<22} {f['found']}{'' if f['ok'] else '  -> ' + f['fix']}"
         for f in findings
     ]
-    needed = [f for f in findings if f["needed"] and not f["ok"]]
-    lines.append(
-        "all that is needed is here" if not needed else f"{len(needed)} needed thing(s) missing: see the arrows"
-    )
-    emit(args, findings, "\n".join(lines))
-    return USAGE if needed else COMPLETE
+    emit(args, findings, "\n".join([*lines, "", *what_to_do(findings)]))
+    return USAGE if any(f["needed"] and not f["ok"] for f in findings) else COMPLETE
+
+
+def completion(args: Any) -> int:
+    """``solvus completion SHELL``."""
+    from orchestrator import cli
+    from orchestrator.completion import INSTALL, SCRIPTS, candidates
+
+    if args.line is not None:
+        found = candidates(args.line, cli.verbs_of(cli.parser()), args.shell)
+        emit(args, found, "\n".join(found))
+        return COMPLETE
+    script = f"# To have it in every {args.shell}: {INSTALL[args.shell]}\n{SCRIPTS[args.shell]}"
+    if args.shell == "zsh":
+        script = f"{SCRIPTS['zsh']}# To have it in every zsh: {INSTALL['zsh']}\n"  # '#compdef' must come first
+    emit(args, {"shell": args.shell, "script": script}, script.rstrip())
+    return COMPLETE
+
+
+def init(args: Any) -> int:
+    """``solvus init NAME``."""
+    import shlex
+
+    from orchestrator import first_study
+
+    path = first_study.write(args.name, args.dir, args.model)
+    again = shlex.join([f"study={args.name}", "--config-dir", args.dir])
+    text = f"{path}: edit it, then\n  solvus plan {again}\n  solvus run {again}"
+    emit(args, {"file": str(path), "plan": f"solvus plan {again}", "run": f"solvus run {again}"}, text)
+    return COMPLETE
