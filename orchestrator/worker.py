@@ -55,8 +55,9 @@ _DEVICE = threading.Lock()
 
 Made = dict[str, Any]
 
-# Where an executor has strategies' rewards scored somewhere else, it puts here what gives the reward of a spec.
-SERVED: list[Callable[[Spec], Any]] = []
+# Where an executor has strategies' rewards scored somewhere else, it puts here what gives the reward of a spec and of
+# the model's prompts.
+SERVED: list[Callable[[Spec, tuple[str, ...]], Any]] = []
 
 
 def _nothing() -> dict[str, float]:
@@ -182,7 +183,9 @@ def score(shard: Shard, made: Made) -> dict[str, Any]:
         companion = _companion(shard, recipe, scorer, store)
         with _DEVICE:
             began = time.perf_counter()
-            values = run.score(scorer, samples, labels, shard.start, recipe.batch_size, recipe.device, companion)
+            values = run.score(
+                scorer, samples, labels, shard.start, recipe.batch_size, recipe.device, companion, recipe.texts
+            )
             seconds = time.perf_counter() - began
         cost["score_s"] += seconds
         cost["scored"] += len(values)

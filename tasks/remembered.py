@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Remembered:
-    """A scorer whose values are kept by the bytes of sample and label; the identity of the scorer is its instance's.
+    """A scorer whose values are kept by sample, label and row; the identity of the scorer is its instance's.
 
     A batch is asked again whole unless every row of it is known, because a network's last bits may depend on how many
     rows it is given; so values are those of the scorer alone, bit for bit.
@@ -32,15 +32,16 @@ class Remembered:
         self._values: OrderedDict[bytes, Tensor] = OrderedDict()
         self.scored, self.reused, self.seconds = 0, 0, 0.0
 
-    def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
-        """(B,), of the scorer's dtype."""
-        keys = _keys(samples, cond)
+    def __call__(self, samples: Tensor, cond: Tensor | None, indices: Tensor | None = None) -> Tensor:
+        """(B,), of the scorer's dtype. ``indices`` are the rows', (B,) int64, for a scorer that depends on them."""
+        keys = _keys(samples, cond, indices)
         known = [self._values.get(key) for key in keys]
         if keys and all(value is not None for value in known):
             self.reused += len(keys)
             return torch.stack(known).to(samples.device)  # type: ignore[arg-type]
         began = time.perf_counter()
-        values = self._scorer(samples, cond)
+        scorer = self._scorer if indices is None else self._scorer.at(indices)
+        values = scorer(samples, cond)
         kept = values.detach().cpu()
         self.seconds += time.perf_counter() - began
         self.scored += len(keys)
@@ -50,12 +51,13 @@ class Remembered:
         return values
 
 
-def _keys(samples: Tensor, cond: Tensor | None) -> list[bytes]:
-    """A digest of every row: its shape, type, bytes and label, and how many rows are scored with it."""
+def _keys(samples: Tensor, cond: Tensor | None, indices: Tensor | None) -> list[bytes]:
+    """A digest of every row: its shape, type, bytes, label and index, and how many rows are scored with it."""
     rows = samples.detach().cpu().contiguous()
-    labels = [None] * len(rows) if cond is None else cond.tolist()
+    none = [None] * len(rows)
+    labels, places = (none if given is None else given.tolist() for given in (cond, indices))
     head = f"{tuple(rows.shape)}/{rows.dtype}"
     return [
-        hashlib.sha256(f"{head}/{label}/".encode() + row.numpy().tobytes()).digest()
-        for row, label in zip(rows, labels, strict=True)
+        hashlib.sha256(f"{head}/{label}/{place}/".encode() + row.numpy().tobytes()).digest()
+        for row, label, place in zip(rows, labels, places, strict=True)
     ]

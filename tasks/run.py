@@ -21,6 +21,7 @@ from tasks.noise import MAX_INDEX, RowNoise
 from tasks.not_finite import NotFinite, Watched
 from tasks.pipelines.texts import Kept
 from tasks.prefixes import Resume, States, keys
+from tasks.prompted import reading
 from tasks.recipe import Recipe, canonical, grid_of
 from tasks.registry import Spec
 from tasks.sampler import CountedModel, CountedReward, Sampler
@@ -67,7 +68,7 @@ def generate(
     progress: Callable[[int], None] | None = None,
     artifacts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     states: States | None = None,
-    served: Callable[[Spec], Callable[..., torch.Tensor]] | None = None,
+    served: Callable[[Spec, tuple[str, ...]], Callable[..., torch.Tensor]] | None = None,
     texts: Kept | None = None,
 ) -> dict[str, np.ndarray]:
     """Make the rows [start, stop) of a recipe.
@@ -81,8 +82,8 @@ def generate(
         progress: called with the number of rows done after every block.
         artifacts: the recipe's calibrations by key; made here when left out.
         states: where trajectories that begin alike leave their states; each row is the same with and without.
-        served: gives the reward of a spec where it is scored somewhere else; one whose gradient is taken, or that
-            depends on the row, stays here.
+        served: gives the reward of a spec and of the model's prompts where it is scored somewhere else; one whose
+            gradient is taken, or that depends on more of the row than its prompt, stays here.
         texts: where encoded prompts are kept between processes.
 
     Returns:
@@ -110,8 +111,8 @@ def generate(
     prefixes = () if states is None or isolated else keys(recipe)
     scorer = parts.reward
     if served is not None and recipe.reward is not None and parts.strategy.uses_reward:
-        stays = recipe.account.gradients or hasattr(scorer, "at")
-        scorer = scorer if stays else served(recipe.reward)
+        stays = recipe.account.gradients or (hasattr(scorer, "at") and not getattr(scorer, "by_prompt", False))
+        scorer = scorer if stays else served(recipe.reward, recipe.texts)
     pieces: list[dict[str, np.ndarray]] = []
     lost: dict[int, str] = {}
     for first, low, high in blocks(start, stop, size):
@@ -196,17 +197,19 @@ def score(
     batch_size: int,
     device: str,
     companion: np.ndarray | None = None,
+    texts: tuple[str, ...] = (),
 ) -> np.ndarray:
     """One scorer over the rows [start, start + len(samples)): (B,) or (B, D) float32.
 
     Batches are laid out by absolute index too, with empty places where rows are missing. ``companion`` holds the
-    samples of the companion recipe at the same indices, for scorers that have one.
+    samples of the companion recipe at the same indices, for scorers that have one; ``texts`` the model's prompts by
+    label, for rewards that read them.
 
     Raises:
         ValueError: a value that is not finite, with its index; or companions that are missing.
     """
     use_one_thread()
-    plugin = registry.scorer(scorer)
+    plugin = reading(registry.scorer(scorer), texts)
     if hasattr(plugin, "companion") and (companion is None or companion.shape != samples.shape):
         found = "none" if companion is None else f"some of shape {companion.shape}"
         raise ValueError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tasks import registry
+from tasks.prompted import reading
 from tasks.recipe import digest, scorer_identity
 from tasks.registry import Spec, unknown
 from tasks.remembered import Remembered
@@ -41,19 +43,18 @@ def check(options: Mapping[str, Any]) -> None:
 class RewardActor:
     """The process that scores: one for each reward, asked by all workers; it remembers values by content."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, texts: tuple[str, ...] = ()) -> None:
         from tasks.run import use_one_thread
 
         use_one_thread()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._scorer = Remembered(registry.rewards.build(spec))
+        self._scorer = Remembered(reading(registry.rewards.build(spec), texts))
 
-    def score(self, samples: Any, cond: Any) -> Any:
-        """Numpy in, numpy out: (B, *shape) and (B,) or None -> (B,)."""
+    def score(self, *given: Any) -> Any:
+        """Numpy in, numpy out: (B, *shape), labels (B,) or None, and indices (B,) or None -> (B,)."""
         with torch.no_grad():
-            given = torch.from_numpy(samples.copy()).to(self._device)
-            labels = None if cond is None else torch.from_numpy(cond.copy()).to(self._device)
-            return self._scorer(given, labels).cpu().numpy()
+            tensors = [None if a is None else torch.from_numpy(a.copy()).to(self._device) for a in given]
+            return self._scorer(*tensors).cpu().numpy()
 
     def counts(self) -> dict[str, float]:
         """Rows scored and reused, and seconds of scoring."""
@@ -65,11 +66,32 @@ class ServedReward:
 
     The first worker that asks makes the actor, under a name that the reward's identity determines. It ends with that
     worker; then the next call makes another.
+
+    Args:
+        spec: of the reward.
+        texts: the model's prompts by label.
+        options: the executor's ``reward_actor``.
     """
 
-    def __init__(self, spec: Spec, options: Mapping[str, Any]) -> None:
+    def __init__(self, spec: Spec, texts: tuple[str, ...], options: Mapping[str, Any]) -> None:
         self._spec, self._options = spec, dict(options)
-        self.name = f"solvus-reward-{digest(scorer_identity(spec))}"
+        reward = registry.rewards.build(spec)
+        self._texts = texts if hasattr(reward, "reading") else ()  # all models share the actor of any other
+        self._by_row = hasattr(reward, "at")
+        self._indices: Tensor | None = None
+        self.name = f"solvus-reward-{digest([scorer_identity(spec), list(self._texts)])}"
+
+    @property
+    def at(self) -> Callable[[Tensor], ServedReward]:
+        """(B,) int64 sample indices -> the scorer of these rows, where the reward depends on the row."""
+        if not self._by_row:
+            raise AttributeError("at")
+        return self._at
+
+    def _at(self, indices: Tensor) -> ServedReward:
+        made = copy(self)
+        made._indices = indices
+        return made
 
     def actor(self) -> Any:
         """Its handle."""
@@ -82,13 +104,13 @@ class ServedReward:
         if self._options.get("env"):
             share["runtime_env"] = dict(self._options["env"])
         remote = decorate(RewardActor).options(name=self.name, get_if_exists=True, **share)
-        return _HELD.setdefault(self.name, remote.remote(self._spec))
+        return _HELD.setdefault(self.name, remote.remote(self._spec, self._texts))
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
         """(B,), on the samples' device."""
         import ray
 
-        given = samples.cpu().numpy(), None if cond is None else cond.cpu().numpy()
+        given = [None if tensor is None else tensor.cpu().numpy() for tensor in (samples, cond, self._indices)]
         for attempt in range(TRIES):
             try:
                 values = ray.get(self.actor().score.remote(*given))
