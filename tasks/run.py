@@ -70,6 +70,7 @@ def generate(
     states: States | None = None,
     served: Callable[[Spec, tuple[str, ...]], Callable[..., torch.Tensor]] | None = None,
     texts: Kept | None = None,
+    decoded: bool = True,
 ) -> dict[str, np.ndarray]:
     """Make the rows [start, stop) of a recipe.
 
@@ -85,6 +86,7 @@ def generate(
         served: gives the reward of a spec and of the model's prompts where it is scored somewhere else; one whose
             gradient is taken, or that depends on more of the row than its prompt, stays here.
         texts: where encoded prompts are kept between processes.
+        decoded: False leaves clean states in ``x0``, for :func:`decode`.
 
     Returns:
         columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``decodes``
@@ -132,7 +134,7 @@ def generate(
         sampler = replace(sampler, resume=resume)
         with torch.no_grad():
             result = parts.strategy(sampler, reward, noise)
-            x0 = base.decode(result.x0, cond)
+            x0 = base.decode(result.x0, cond) if decoded else result.x0
         if device == "cuda":
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - began
@@ -171,6 +173,39 @@ def generate(
     if lost:
         raise _refusal(recipe.key, lost, stop - start)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def decode(recipe: Recipe, start: int, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows whose clean states become samples: what ``generate`` alone would have made, bit for bit.
+
+    The decoder is loaded without the network, so this may run where that has no room. Batches are those of
+    ``generate``, with zeros where a block's rows are missing; ``seconds`` grows by the decoder's.
+
+    Args:
+        recipe: of the rows; its model decodes apart.
+        start: first sample index.
+        columns: the rows, as ``generate(…, decoded=False)`` gave them.
+
+    Raises:
+        ValueError: the decoder spoilt a row.
+    """
+    use_one_thread()
+    decoder = recipe.parts.model.load_decoder(recipe.device)
+    states, size = columns["x0"], rows_per_block(recipe)
+    pieces, seconds = [], columns["seconds"].copy()
+    for first, low, high in blocks(start, start + len(states), size):
+        began = time.perf_counter()
+        batch = np.zeros((size, *states.shape[1:]), dtype=states.dtype)
+        batch[low - first : high - first] = states[low - start : high - start]
+        with torch.no_grad():
+            images = decoder(torch.from_numpy(batch).to(recipe.device))
+        pieces.append(images[low - first : high - first].cpu().numpy())
+        seconds[low - start : high - start] += (time.perf_counter() - began) / size
+    samples = np.concatenate(pieces)
+    finite = np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
+    if not finite.all():
+        raise _refusal(recipe.key, {start + int(np.argmin(finite)): ""}, len(samples))
+    return {**columns, "x0": samples, "seconds": seconds}
 
 
 def _refusal(key: str, lost: Mapping[int, str], count: int) -> ValueError:
