@@ -164,7 +164,7 @@ class Fourier(nn.Module):
         self.register_buffer("freqs", torch.empty(channels // 2))
 
     def forward(self, level: Tensor) -> Tensor:
-        return torch.outer(level, 2 * math.pi * self.freqs)  # type: ignore[operator]
+        return torch.outer(level, 2 * math.pi * self.freqs)  # type: ignore[operator, arg-type]
 
 
 class Positional(nn.Module):
@@ -194,7 +194,8 @@ class Network(nn.Module):
         label = Affine(design.label_dim, noise if song else emb, bias=song) if design.label_dim else None
         self.map_label = label
         self.map_layer0, self.map_layer1 = Affine(noise, emb), Affine(emb, emb)
-        self.enc, widths = nn.ModuleDict(), []
+        self.enc = nn.ModuleDict()
+        widths: list[int] = []
         self._encoder(widths)
         self.dec = nn.ModuleDict()
         last = self._decoder(widths)
@@ -251,7 +252,7 @@ class Network(nn.Module):
         waves = (angles.sin(), angles.cos()) if song else (angles.cos(), angles.sin())
         emb = torch.cat(waves, dim=1)
         if song:
-            if self.map_label is not None:
+            if self.map_label is not None and label is not None:
                 emb = emb + self.map_label(label * math.sqrt(self.design.label_dim))
             return silu(self.map_layer1(silu(self.map_layer0(emb))))
         emb = self.map_layer1(silu(self.map_layer0(emb)))
@@ -265,7 +266,8 @@ class Network(nn.Module):
             level: c_noise, (B,) float32.
             label: one-hot, (B, label_dim) float32, all zero for none; None where there are no labels.
         """
-        emb, image, kept = self._told(level, label), x, []
+        emb, image = self._told(level, label), x
+        kept: list[Tensor] = []
         for name, part in self.enc.items():
             if name.endswith("aux_down"):
                 image = part(image)

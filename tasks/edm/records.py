@@ -37,7 +37,7 @@ class Record:
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Parameters and buffers of this module and of those inside, by their dotted names."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for kind in ("_parameters", "_buffers"):
             held = self.fields.get(kind, {})
             found |= {prefix + name: value for name, value in held.items() if isinstance(value, Tensor)}
