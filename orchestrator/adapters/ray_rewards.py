@@ -50,11 +50,12 @@ class RewardActor:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._scorer = Remembered(reading(registry.rewards.build(spec), texts))
 
-    def score(self, *given: Any) -> Any:
+    def score(self, samples: Any, cond: Any, indices: Any = None) -> Any:
         """Numpy in, numpy out: (B, *shape), labels (B,) or None, and indices (B,) or None -> (B,)."""
         with torch.no_grad():
-            tensors = [None if a is None else torch.from_numpy(a.copy()).to(self._device) for a in given]
-            return self._scorer(*tensors).cpu().numpy()
+            given = torch.from_numpy(samples.copy()).to(self._device)
+            rows = [None if a is None else torch.from_numpy(a.copy()).to(self._device) for a in (cond, indices)]
+            return self._scorer(given, *rows).cpu().numpy()
 
     def counts(self) -> dict[str, float]:
         """Rows scored and reused, and seconds of scoring."""

@@ -252,7 +252,8 @@ class Network(nn.Module):
         waves = (angles.sin(), angles.cos()) if song else (angles.cos(), angles.sin())
         emb = torch.cat(waves, dim=1)
         if song:
-            if self.map_label is not None and label is not None:
+            if self.map_label is not None:
+                assert label is not None
                 emb = emb + self.map_label(label * math.sqrt(self.design.label_dim))
             return silu(self.map_layer1(silu(self.map_layer0(emb))))
         emb = self.map_layer1(silu(self.map_layer0(emb)))
