@@ -111,8 +111,8 @@ def actor(quick: bool) -> list[Figure]:
     pool = RayExecutor(workers=1, cpus=0.0, reward_actor={"num_cpus": 1}).start()
     try:
 
-        def served(spec: Any) -> Any:
-            return ServedReward(spec, {"num_cpus": 0})
+        def served(spec: Any, texts: tuple[str, ...]) -> Any:
+            return ServedReward(spec, texts, {"num_cpus": 0})
 
         ratios = []
         for attempt in range(3 if quick else 9):

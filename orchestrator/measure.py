@@ -52,7 +52,7 @@ def chunks(
     ``more`` names columns of the rows that not every metric reads; one that the rows lack is NaN.
     """
     names = ["label", "nfe", "reward_calls", "decodes", *(["work"] if recipe.masks else [])]
-    names += [name for name in more if name not in names]
+    names = list(dict.fromkeys([*names, *more]))  # a metric and the clusters may want the same one
     spans = missing(start, stop, covered([], aside(recipe, needs, store)))
     sources = [_rechunk(store, "rows", recipe.key, names, spans)]
     sources += [_rechunk(store, "columns", recipe.column_key(spec), ["value"], spans) for spec in needs]

@@ -137,7 +137,7 @@ class Study:
         for spec in self.metrics:
             plugin = registry.metrics.build(spec)
             for need in plugin.needs():
-                scorer = registry.scorer(need)
+                scorer = recipe.scorer(need)
                 scorer.check(sample_shape(model))
                 if scorer.needs_labels and not recipe.has_labels:
                     raise ValueError(f"metric {spec['name']} needs labels, but this study has none. Leave it out.")

@@ -1,4 +1,4 @@
-"""What a worker does with a shard: generate, write, score. Runs in this process or in Ray actors."""
+"""What a worker does with a shard: generate, decode, write, score. Runs in this process or in Ray actors."""
 
 from __future__ import annotations
 
@@ -55,10 +55,11 @@ _DEVICE = threading.Lock()
 
 Made = dict[str, Any]
 
-# Where an executor has strategies' rewards scored somewhere else, it puts here what gives the reward of a spec.
-SERVED: list[Callable[[Spec], Any]] = []
+# Where an executor has strategies' rewards scored somewhere else, it puts here what gives the reward of a spec and of
+# the model's prompts.
+SERVED: list[Callable[[Spec, tuple[str, ...]], Any]] = []
 # The same for the rewards that metrics read, where that is configured.
-SERVED_METRICS: list[Callable[[Spec], Any]] = []
+SERVED_METRICS: list[Callable[[Spec, tuple[str, ...]], Any]] = []
 
 
 def _nothing() -> dict[str, float]:
@@ -108,7 +109,9 @@ def generate(shard: Shard) -> Made:
                 found["texts"] = EncodedTexts(store)
             if SERVED:
                 found["served"] = SERVED[-1]
-            columns = run.generate(recipe, shard.start, shard.stop, shard.isolated, tally=cost, **found)
+            apart = getattr(recipe.parts.model, "decodes_apart", False)
+            found |= {"tally": cost, "decoded": not apart}
+            columns = run.generate(recipe, shard.start, shard.stop, shard.isolated, **found)
             cost["generate_s"] = time.perf_counter() - began
         cost["rows"] = shard.stop - shard.start
         cost["nfe_reused"] = 0 if states is None else states.reused
@@ -163,27 +166,41 @@ def calibrate(shard: Shard) -> dict[str, Any]:
     return cost
 
 
+def decode(shard: Shard, made: Made) -> Made:
+    """Stage 2, where the decoder is: rows whose states are latents become images; others pass."""
+    recipe = Recipe(**shard.recipe)
+    if not shard.rows or not getattr(recipe.parts.model, "decodes_apart", False):
+        return made
+    with _DEVICE:
+        began = time.perf_counter()
+        columns = run.decode(recipe, shard.start, made["columns"])
+        cost = made["cost"] | {"generate_s": made["cost"]["generate_s"] + time.perf_counter() - began}
+    return {"columns": columns, "cost": cost}
+
+
 def write(shard: Shard, made: Made) -> Made:
-    """Stage 2, on a CPU: encode the rows and commit them."""
+    """Stage 3, on a CPU: encode the rows and commit them."""
     if shard.rows:
         entered = time.perf_counter()
         store, recipe = _store(shard.root), Recipe(**shard.recipe)
         model = recipe.parts.model
         constants = {
             "seed": recipe.seed,
-            "recipe": recipe.key,
+            "recipe": shard.key,  # which the first stage compared with the recipe's own
             "model_revision": model.revision,
             "device": recipe.device,
             "dtype": recipe.dtype,
         }
         table = rows.to_table(made["columns"], model.kind, constants)
-        store.put("rows", recipe.key, shard.start, shard.stop, table, dict(made["cost"]), origin())
+        store.put("rows", shard.key, shard.start, shard.stop, table, dict(made["cost"]), origin())
         telemetry.record("solvus_stage_seconds", time.perf_counter() - entered, stage="write")
     return made
 
 
 def score(shard: Shard, made: Made) -> dict[str, Any]:
-    """Stage 3, where the scorers run: the missing columns. Returns the shard's whole cost."""
+    """Stage 4, where the scorers run: the missing columns. Returns the shard's whole cost."""
+    if not shard.scorers:
+        return dict(made["cost"])
     store, recipe, cost = _store(shard.root), Recipe(**shard.recipe), dict(made["cost"])
     samples, labels = rows.as_stored(made["columns"]["x0"], recipe.parts.model.kind), made["columns"]["label"]
     entered = time.perf_counter()
@@ -192,7 +209,7 @@ def score(shard: Shard, made: Made) -> dict[str, Any]:
         with _DEVICE:
             began = time.perf_counter()
             values = run.score(
-                scorer, samples, labels, shard.start, recipe.batch_size, recipe.device, companion,
+                scorer, samples, labels, shard.start, recipe.batch_size, recipe.device, companion, recipe.texts,
                 SERVED_METRICS[-1] if SERVED_METRICS else None,
             )  # fmt: skip
             seconds = time.perf_counter() - began
@@ -225,13 +242,13 @@ def _companion(shard: Shard, recipe: Recipe, scorer: Spec, store: Store) -> np.n
 
 
 def perform(shard: Shard) -> dict[str, Any]:
-    """Make what the shard lacks and commit it: the three stages one after another.
+    """Make what the shard lacks and commit it: the four stages one after another.
 
     Returns:
         its cost: rows made, network evaluations, reward calls, seconds of generating and of scoring.
     """
-    return score(shard, write(shard, generate(shard)))
+    return score(shard, write(shard, decode(shard, generate(shard))))
 
 
 # An executor with separate pools runs the stages where each belongs.
-STAGES: dict[str, Callable[..., Any]] = {"generate": generate, "write": write, "score": score}
+STAGES: dict[str, Callable[..., Any]] = {"generate": generate, "decode": decode, "write": write, "score": score}

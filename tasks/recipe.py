@@ -13,6 +13,7 @@ from typing import Any
 from tasks import account, calibration, registry
 from tasks.account import Account
 from tasks.calibration import Calibration
+from tasks.prompted import reading
 from tasks.registry import Spec, unknown
 from tasks.rehearsal import rehearse
 from tasks.schedule import SolverSchedule
@@ -106,15 +107,25 @@ class Recipe:
     @cached_property
     def parts(self) -> Parts:
         """The plug-in objects, without weights."""
+        model = registry.models.build(self.model)
         return Parts(
-            registry.models.build(self.model),
+            model,
             registry.solvers.build(self.solver),
             registry.times.build(self.times),
             registry.initials.build(self.initial),
             registry.guidance.build(self.guidance),
             registry.strategies.build(self.strategy),
-            None if self.reward is None else registry.rewards.build(self.reward),
+            None if self.reward is None else reading(registry.rewards.build(self.reward), _texts(model)),
         )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The model's prompts by label; none where it has none."""
+        return _texts(self.parts.model)
+
+    def scorer(self, spec: Spec) -> Any:
+        """A reward or feature extractor that knows the model's prompts."""
+        return reading(registry.scorer(spec), self.texts)
 
     @cached_property
     def calibrations(self) -> tuple[Calibration, ...]:
@@ -195,7 +206,7 @@ class Recipe:
             p.reward.check(sample_shape(p.model))
             if p.reward.needs_labels and not self.has_labels:
                 raise ValueError(f"reward {self.reward['name']} needs labels, but this study has none.")  # type: ignore[index]
-            if hasattr(p.reward, "at") and not hasattr(p.reward, "prompts") and self.has_labels:
+            if hasattr(p.reward, "at") and not getattr(p.reward, "by_prompt", False) and self.has_labels:
                 raise ValueError(
                     f"reward {self.reward['name']} measures item i in row i, whose label asks for another class. Set "  # type: ignore[index]
                     "labels=null."
@@ -470,12 +481,19 @@ class Parts:
 def scorer_identity(spec: Spec | None) -> Any:
     """Spec and weights of a scorer: any change to what is measured misses the cache.
 
-    Where the weights lie does not matter, so ``path`` and ``pinned`` are left out; the revision holds their hash.
+    Where the weights lie does not matter, so ``path`` and ``pinned`` are left out; the revision holds their hash. The
+    model's prompts are no part of it: what is scored has a key that holds them.
     """
-    if spec is None:
-        return None
+    return None if spec is None else {"spec": _said(spec), "revision": registry.scorer(spec).revision}
+
+
+def _said(spec: Spec) -> Spec:
     said = {key: value for key, value in spec.items() if key not in ("path", "pinned")}
-    return {"spec": said, "revision": registry.scorer(spec).revision}
+    return said | ({"rewards": [_said(part) for part in spec["rewards"]]} if "rewards" in spec else {})
+
+
+def _texts(model: Any) -> tuple[str, ...]:
+    return tuple(model.prompt_table.texts) if hasattr(model, "prompt_table") else ()
 
 
 _GIVES = {

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import lru_cache
 from typing import Any
 
 Spec = dict[str, Any]
@@ -92,7 +93,7 @@ class Registry:
         if not isinstance(name, str):
             raise unknown(self.kind, name, self.names())
         cls = self.get(name)
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         known = [f.name for f in fields(cls)]
         values = {}
         for key, value in spec.items():
@@ -107,6 +108,12 @@ class Registry:
     def describe(self, plugin: Any) -> Spec:
         """The spec of an object: the same dict that :meth:`build` takes, as plain JSON data."""
         return {"name": plugin.name} | {f.name: to_data(getattr(plugin, f.name)) for f in fields(plugin)}
+
+
+@lru_cache(maxsize=512)
+def _hints(cls: type) -> dict[str, Any]:
+    """Types of a class's fields: evaluating the annotations is most of what building a plug-in costs."""
+    return typing.get_type_hints(cls)
 
 
 def _default(f: Any) -> Any:

@@ -8,6 +8,7 @@ network are the same for any shard size, worker or executor, and every row is a 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -21,6 +22,7 @@ from tasks.noise import MAX_INDEX, RowNoise
 from tasks.not_finite import NotFinite, Watched
 from tasks.pipelines.texts import Kept
 from tasks.prefixes import Resume, States, keys
+from tasks.prompted import reading
 from tasks.recipe import Recipe, canonical, grid_of, scorer_identity
 from tasks.registry import Spec
 from tasks.remembered import Remembered
@@ -55,19 +57,19 @@ def load_model(recipe: Recipe) -> Model:
 
 
 @lru_cache(maxsize=4)
-def _memory(identity: str) -> Remembered:
-    return Remembered(registry.rewards.build(json.loads(identity)["spec"]), size=REMEMBERED)
+def _memory(identity: str, texts: tuple[str, ...]) -> Remembered:
+    return Remembered(reading(registry.rewards.build(json.loads(identity)["spec"]), texts), size=REMEMBERED)
 
 
-def remembered(spec: Spec) -> Any:
+def remembered(spec: Spec, texts: tuple[str, ...] = ()) -> Any:
     """A reward that this process remembers by content, one for each identity; itself where that is not worth it.
 
     A cheap one costs less than a look into the memory, and one that depends on the row cannot be known by a sample.
     """
-    reward = registry.rewards.build(spec)
+    reward = reading(registry.rewards.build(spec), texts)
     if getattr(reward, "cheap", False) or hasattr(reward, "at"):
         return reward
-    return _memory(canonical(scorer_identity(spec)))
+    return _memory(canonical(scorer_identity(spec)), tuple(texts) if hasattr(reward, "reading") else ())
 
 
 def blocks(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -89,9 +91,10 @@ def generate(
     progress: Callable[[int], None] | None = None,
     artifacts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     states: States | None = None,
-    served: Callable[[Spec], Callable[..., torch.Tensor]] | None = None,
+    served: Callable[[Spec, tuple[str, ...]], Callable[..., torch.Tensor]] | None = None,
     texts: Kept | None = None,
     tally: dict[str, float] | None = None,
+    decoded: bool = True,
 ) -> dict[str, np.ndarray]:
     """Make the rows [start, stop) of a recipe.
 
@@ -104,11 +107,13 @@ def generate(
         progress: called with the number of rows done after every block.
         artifacts: the recipe's calibrations by key; made here when left out.
         states: where trajectories that begin alike leave their states; each row is the same with and without.
-        served: gives the reward of a spec where it is scored somewhere else; one whose gradient is taken, or that
-            depends on the row, stays here. While one block waits for it, the next one computes.
+        served: gives the reward of a spec and of the model's prompts where it is scored somewhere else; one whose
+            gradient is taken, or that depends on more of the row than its prompt, stays here. While one block waits for
+            it, the next one computes.
         texts: where encoded prompts are kept between processes.
         tally: what rewards took is added to its ``reward_s`` (seconds of scoring, wherever that is) and
             ``reward_reused`` (calls that were answered from memory).
+        decoded: False leaves clean states in ``x0``, for :func:`decode`.
 
     Returns:
         columns of equal length: ``sample_id``, ``label`` (-1 for none), ``nfe``, ``reward_calls``, ``decodes``
@@ -134,8 +139,11 @@ def generate(
         base.remember(texts)
     size = rows_per_block(recipe)
     prefixes = () if states is None or isolated else keys(recipe)
-    stays = served is None or recipe.reward is None or bool(recipe.account.gradients) or hasattr(parts.reward, "at")
-    known = remembered(recipe.reward) if recipe.reward is not None and parts.strategy.uses_reward else None
+    by_row = hasattr(parts.reward, "at") and not getattr(parts.reward, "by_prompt", False)
+    stays = served is None or recipe.reward is None or bool(recipe.account.gradients) or by_row
+    known = (
+        remembered(recipe.reward, recipe.texts) if recipe.reward is not None and parts.strategy.uses_reward else None
+    )
 
     lost: dict[int, str] = {}
 
@@ -152,14 +160,14 @@ def generate(
             reward = None
             if known is not None:
                 assert recipe.reward is not None
-                scorer = known if served is None or stays else Elsewhere(served(recipe.reward), turn)
+                scorer = known if served is None or stays else Elsewhere(served(recipe.reward, recipe.texts), turn)
                 reward = CountedReward(scorer, recipe.reward["name"], indices)
             noise = RowNoise(recipe.seed, indices, dtype=getattr(torch, recipe.dtype))
             resume = Resume(prefixes, states, first, counted) if states is not None and prefixes else None
             sampler = replace(sampler, resume=resume)
             with torch.no_grad():
                 result = parts.strategy(sampler, reward, noise)
-                x0 = base.decode(result.x0, cond)
+                x0 = base.decode(result.x0, cond) if decoded else result.x0
             if device == "cuda":
                 torch.cuda.synchronize()
         elapsed = turn.seconds + (0.0 if reward is None or stays else reward.seconds)
@@ -206,6 +214,39 @@ def generate(
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
+def decode(recipe: Recipe, start: int, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows whose clean states become samples: what ``generate`` alone would have made, bit for bit.
+
+    The decoder is loaded without the network, so this may run where that has no room. Batches are those of
+    ``generate``, with zeros where a block's rows are missing; ``seconds`` grows by the decoder's.
+
+    Args:
+        recipe: of the rows; its model decodes apart.
+        start: first sample index.
+        columns: the rows, as ``generate(…, decoded=False)`` gave them.
+
+    Raises:
+        ValueError: the decoder spoilt a row.
+    """
+    use_one_thread()
+    decoder = recipe.parts.model.load_decoder(recipe.device)
+    states, size = columns["x0"], rows_per_block(recipe)
+    pieces, seconds = [], columns["seconds"].copy()
+    for first, low, high in blocks(start, start + len(states), size):
+        began = time.perf_counter()
+        batch = np.zeros((size, *states.shape[1:]), dtype=states.dtype)
+        batch[low - first : high - first] = states[low - start : high - start]
+        with torch.no_grad():
+            images = decoder(torch.from_numpy(batch).to(recipe.device))
+        pieces.append(images[low - first : high - first].cpu().numpy())
+        seconds[low - start : high - start] += (time.perf_counter() - began) / size
+    samples = np.concatenate(pieces)
+    finite = np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
+    if not finite.all():
+        raise _refusal(recipe.key, {start + int(np.argmin(finite)): ""}, len(samples))
+    return {**columns, "x0": samples, "seconds": seconds}
+
+
 def _refusal(key: str, lost: Mapping[int, str], count: int) -> ValueError:
     """What to say of rows that are not finite: some can be set aside, but not all, nor what only the decoder spoilt."""
     advice = "The solver diverged or the model overflowed: use a lower order, more steps or another grid."
@@ -230,19 +271,21 @@ def score(
     batch_size: int,
     device: str,
     companion: np.ndarray | None = None,
-    served: Callable[[Spec], Callable[..., torch.Tensor]] | None = None,
+    texts: tuple[str, ...] = (),
+    served: Callable[[Spec, tuple[str, ...]], Callable[..., torch.Tensor]] | None = None,
 ) -> np.ndarray:
     """One scorer over the rows [start, start + len(samples)): (B,) or (B, D) float32.
 
     Batches are laid out by absolute index too, with empty places where rows are missing. ``companion`` holds the
-    samples of the companion recipe at the same indices, for scorers that have one. ``served`` gives the reward of a
-    spec where it is scored somewhere else; features, and rewards that depend on the row, are scored here.
+    samples of the companion recipe at the same indices, for scorers that have one; ``texts`` the model's prompts by
+    label, for rewards that read them. ``served`` gives the reward of a spec where it is scored somewhere else;
+    features, and rewards that depend on more of the row than its prompt, are scored here.
 
     Raises:
         ValueError: a value that is not finite, with its index; or companions that are missing.
     """
     use_one_thread()
-    plugin = registry.scorer(scorer)
+    plugin = reading(registry.scorer(scorer), texts)
     if hasattr(plugin, "companion") and (companion is None or companion.shape != samples.shape):
         found = "none" if companion is None else f"some of shape {companion.shape}"
         raise ValueError(
@@ -251,7 +294,7 @@ def score(
         )
     elsewhere = None
     if served is not None and scorer["name"] in registry.rewards.names() and companion is None:
-        elsewhere = served(scorer)
+        elsewhere = served(scorer, texts)
     pieces = []
     stop = start + len(samples)
     with torch.no_grad():

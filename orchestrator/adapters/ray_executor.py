@@ -43,7 +43,8 @@ class RayExecutor:
         cpus: CPUs per actor.
         gpus: accelerators per actor; fractions share one.
         pools: further pools by stage, ``{score: {workers: 1, gpus: 0.5}, write: {workers: 4}}``, with ``workers``,
-            ``cpus``, ``gpus`` and ``resources`` each; a stage without a pool runs where the rows were generated.
+            ``cpus``, ``gpus`` and ``resources`` each; with ``decode``, latents become images while the network works on
+            the next shard; a stage without a pool runs where the rows were generated.
         reward_actor: ``{num_cpus: 1, num_gpus: 0, env: {pip: [...]}, metrics: false}`` has the rewards that strategies
             ask scored in an actor of their own, one for each reward, while the worker goes on with the next batch (so
             it holds two in memory); empty scores them where the rows are generated. ``metrics: true`` has it score
@@ -80,8 +81,10 @@ class RayExecutor:
         if self.max_losses < 1 or self.silence_s <= 0:
             raise ValueError("executor.max_losses must be at least 1 and executor.silence_s positive.")
         for stage, pool in self.pools.items():
-            if stage not in ("write", "score"):
-                raise ValueError(f"executor.pools.{stage}: stages with a pool of their own are write and score.")
+            if stage not in ("decode", "write", "score"):
+                raise ValueError(
+                    f"executor.pools.{stage}: stages with a pool of their own are decode, write and score."
+                )
             if not isinstance(pool, Mapping) or not set(pool) <= _FIELDS or pool.get("workers", 1) < 1:
                 raise ValueError(
                     f"executor.pools.{stage} takes {', '.join(sorted(_FIELDS))}, workers >= 1; got {pool!r}."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from orchestrator import telemetry
 from tasks import registry
+from tasks.prompted import reading
 from tasks.recipe import digest, scorer_identity
 from tasks.registry import Spec, unknown
 from tasks.remembered import Remembered
@@ -56,23 +58,27 @@ def _shared(array: Any) -> Tensor:
 class RewardActor:
     """The process that scores: one for each reward, asked by all workers; it remembers values by content."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, texts: tuple[str, ...] = ()) -> None:
         from tasks.run import use_one_thread
 
         use_one_thread()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         reward = registry.rewards.build(spec)
         self._cheap = bool(getattr(reward, "cheap", False))
-        self._scorer = Remembered(reward)
+        self._scorer = Remembered(reading(reward, texts))
 
-    def score(self, samples: Any, cond: Any) -> tuple[Any, float, int]:
-        """Numpy in: (B, *shape) and (B,) or None; the values (B,), seconds of scoring, and how many were known."""
+    def score(self, samples: Any, cond: Any, indices: Any = None) -> tuple[Any, float, int]:
+        """Numpy in: (B, *shape), labels (B,) or None, indices (B,) or None.
+
+        Returns:
+            the values (B,), seconds of scoring, and how many were known.
+        """
         seconds, reused = self._scorer.seconds, self._scorer.reused
         with torch.no_grad():
             # What Ray hands over is shared and may not be written; scorers only read it.
-            given = _shared(samples).to(self._device)
-            labels = None if cond is None else _shared(cond).to(self._device)
-            values = (self._scorer.always if self._cheap else self._scorer)(given, labels).cpu().numpy()
+            given, *rows = (None if a is None else _shared(a).to(self._device) for a in (samples, cond, indices))
+            assert given is not None
+            values = (self._scorer.always if self._cheap else self._scorer)(given, *rows).cpu().numpy()
         return values, self._scorer.seconds - seconds, self._scorer.reused - reused
 
     def counts(self) -> dict[str, float]:
@@ -86,15 +92,42 @@ class ServedReward:
     The first worker that asks makes the actor, under a name that the reward's identity determines. It ends with that
     worker; then the next call makes another.
 
-    Attributes:
-        seconds: that the actor took to score for this object.
-        reused: rows whose values the actor knew.
+    Args:
+        spec: of the reward.
+        texts: the model's prompts by label.
+        options: the executor's ``reward_actor``.
     """
 
-    def __init__(self, spec: Spec, options: Mapping[str, Any]) -> None:
+    def __init__(self, spec: Spec, texts: tuple[str, ...], options: Mapping[str, Any]) -> None:
         self._spec, self._options = spec, dict(options)
-        self.name = f"solvus-reward-{digest(scorer_identity(spec))}"
-        self.seconds, self.reused = 0.0, 0
+        reward = registry.rewards.build(spec)
+        self._texts = texts if hasattr(reward, "reading") else ()  # all models share the actor of any other
+        self._by_row = hasattr(reward, "at")
+        self._indices: Tensor | None = None
+        self._spent = {"seconds": 0.0, "reused": 0}  # shared with the scorers of single rows
+        self.name = f"solvus-reward-{digest([scorer_identity(spec), list(self._texts)])}"
+
+    @property
+    def seconds(self) -> float:
+        """That the actor took to score for this object."""
+        return self._spent["seconds"]
+
+    @property
+    def reused(self) -> int:
+        """Rows whose values the actor knew."""
+        return int(self._spent["reused"])
+
+    @property
+    def at(self) -> Callable[[Tensor], ServedReward]:
+        """(B,) int64 sample indices -> the scorer of these rows, where the reward depends on the row."""
+        if not self._by_row:
+            raise AttributeError("at")
+        return self._at
+
+    def _at(self, indices: Tensor) -> ServedReward:
+        made = copy(self)
+        made._indices = indices
+        return made
 
     def actor(self) -> Any:
         """Its handle."""
@@ -107,18 +140,19 @@ class ServedReward:
         if self._options.get("env"):
             share["runtime_env"] = dict(self._options["env"])
         remote = decorate(RewardActor).options(name=self.name, get_if_exists=True, **share)
-        return _HELD.setdefault(self.name, remote.remote(self._spec))
+        return _HELD.setdefault(self.name, remote.remote(self._spec, self._texts))
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
         """(B,), on the samples' device."""
         import ray
 
         began = time.perf_counter()
-        given = samples.cpu().numpy(), None if cond is None else cond.cpu().numpy()
+        given = [None if tensor is None else tensor.cpu().numpy() for tensor in (samples, cond, self._indices)]
         for attempt in range(TRIES):
             try:
                 values, seconds, reused = ray.get(self.actor().score.remote(*given))
-                self.seconds, self.reused = self.seconds + seconds, self.reused + reused
+                self._spent["seconds"] += seconds
+                self._spent["reused"] += reused
                 telemetry.record("solvus_reward_seconds", time.perf_counter() - began, scorer=self._spec["name"])
                 telemetry.record("solvus_scored", len(values), scorer=self._spec["name"])
                 return torch.from_numpy(values.copy()).to(samples.device)

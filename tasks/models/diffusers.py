@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import prompts
+from tasks.pipelines.decoder import PipelineDecoder, decoder
 from tasks.pipelines.denoiser import PipelineDenoiser
 from tasks.pipelines.family import Setting
 from tasks.pipelines.folder import PipelineFolder, content
@@ -205,6 +206,15 @@ class DiffusersPipeline:
             "model diffusers has no reference data. Use metrics without it, such as mean_reward, or one with reference "
             "statistics of its own."
         )
+
+    @property
+    def decodes_apart(self) -> bool:
+        """Whether states become images in a stage of their own, after the rows of a shard are sampled."""
+        return self.folder.family.vae
+
+    def load_decoder(self, device: str) -> PipelineDecoder:
+        """The decoder alone on a device."""
+        return decoder(self, device)
 
     def load(self, device: str) -> PipelineDenoiser:
         """The denoiser on a device."""

@@ -1,4 +1,4 @@
-"""A saved pipeline as a denoiser: its network inside our sampling loop, its encoders and its decoder around it."""
+"""A saved pipeline as a denoiser: its network inside our sampling loop, its encoders in front of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tasks.pipelines.decoder import decoder
 from tasks.pipelines.family import Encoded
 from tasks.pipelines.loading import load, prepare
 from tasks.pipelines.memory import Portions
@@ -36,13 +37,12 @@ class PipelineDenoiser:
         self.shape, self.num_classes = spec.shape, spec.num_classes
         self._family, self._setting = folder.family, spec.setting
         self._dtype, self._device, self._spec = getattr(torch, spec.dtype), device, spec
-        self.pipe = load(spec, without=() if spec.lora else self._family.text)
+        self.pipe = load(spec, without=("vae",) if spec.lora else ("vae", *self._family.text))
         self._encoders = self.pipe if spec.lora else None  # an adapter may change the encoders too
         self.network = prepare(self.pipe, spec, device)
         self.texts = Texts(self._encode, spec.text_identity(device)) if self._family.text else None
         self._assembled: OrderedDict[tuple[int, ...], Encoded] = OrderedDict()
         self._calls = Portions("the network", spec.halvings)
-        self._decodes = Portions("the decoder", spec.halvings, spec.decode_rows)
 
     def remember(self, kept: Kept) -> None:
         """Keep encoded prompts there, and look for them there."""
@@ -103,9 +103,8 @@ class PipelineDenoiser:
         return to_x0(self.prediction, x, output, expand(self.process.alpha(t), x), expand(self.process.sigma(t), x))
 
     def decode(self, x0: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Images in [-1, 1], (B, 3, H, W), of clean latents, at most ``decode_rows`` at once."""
-        images = self._decodes(lambda rows: self._family.decode(self.pipe, x0[rows]), len(x0))
-        return images.to(x0.dtype).clamp(-1, 1)
+        """Images in [-1, 1], (B, 3, H, W), of clean states; the decoder is loaded when it is first needed."""
+        return decoder(self._spec, self._device)(x0) if self._family.vae else x0.clamp(-1, 1)
 
     def columns(self, labels: np.ndarray) -> dict[str, np.ndarray]:
         """What rows say beside their samples: the prompt, its id and group, and how many rows shared a call.

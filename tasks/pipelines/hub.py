@@ -25,8 +25,8 @@ def locate(path: str, what: str = "model.path") -> Path:
     if path.endswith((".pkl", ".pickle", ".pt", ".ckpt", ".bin")):
         raise ValueError(
             f"{what} {path!r} is a pickle, which runs code when it is read; none is loaded. Have its maker's tools "
-            "write a diffusers folder with safetensors (save_pretrained), and give that. EDM's network pickles carry "
-            "their network as source code, for which Solvus has no class of its own."
+            "write a diffusers folder with safetensors (save_pretrained), and give that. For a network pickle of EDM, "
+            "use model=edm."
         )
     found = HUB.fullmatch(path)
     if found is None or path.startswith((".", "/", "~")):

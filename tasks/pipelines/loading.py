@@ -90,11 +90,6 @@ def prepare(pipe: Any, spec: Any, device: str) -> Any:
     network = getattr(pipe, spec.folder.family.network)
     if spec.channels_last:
         network.to(memory_format=torch.channels_last)
-    if spec.folder.family.vae:
-        if spec.decode == "sliced":
-            pipe.vae.enable_slicing()
-        elif spec.decode == "tiled":
-            pipe.vae.enable_tiling()
     if spec.compile:
         network.compile()
     return network

@@ -30,7 +30,7 @@ class CLIPScore(Prompted):
     Args:
         path: folder with a CLIP model in transformers' format, or a hub id; empty looks below $SOLVUS_WEIGHTS.
         pinned: commit of the hub id.
-        prompts: row i has prompt i, over again after the last.
+        prompts: row i has prompt i, over again after the last; empty takes the prompts of the model.
 
     Reference: Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning", with a weight
         of 100 in place of 2.5.
@@ -41,7 +41,6 @@ class CLIPScore(Prompted):
     pinned: str = ""
     prompts: tuple[str, ...] = ()
 
-    needs_labels = False
     differentiable = True
 
     @property

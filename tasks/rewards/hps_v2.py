@@ -32,7 +32,7 @@ class HPSv2(Prompted):
         path: folder with CLIP-H's settings and tokenizer, and the weights, or a hub id; empty looks below
             $SOLVUS_WEIGHTS.
         pinned: commit of the hub id.
-        prompts: row i has prompt i, over again after the last.
+        prompts: row i has prompt i, over again after the last; empty takes the prompts of the model.
         weights: name of the weights' file in that folder; of open_clip's format, or model.safetensors in transformers'.
 
     Reference: Wu et al. 2023, "Human Preference Score v2", whose score is the cosine without its temperature.
@@ -44,7 +44,6 @@ class HPSv2(Prompted):
     prompts: tuple[str, ...] = ()
     weights: str = "HPS_v2.1_compressed.pt"
 
-    needs_labels = False
     differentiable = True
 
     @property

@@ -32,7 +32,7 @@ class ImageReward(Prompted):
     Args:
         path: folder with BLIP's settings and tokenizer and the weights; empty looks below $SOLVUS_WEIGHTS.
         pinned: commit of a hub id.
-        prompts: row i has prompt i, over again after the last.
+        prompts: row i has prompt i, over again after the last; empty takes the prompts of the model.
         weights: name of the weights' file in that folder.
         size: side of the pictures that the weights were trained on.
 
@@ -46,7 +46,6 @@ class ImageReward(Prompted):
     weights: str = "ImageReward.pt"
     size: int = 224
 
-    needs_labels = False
     differentiable = True
 
     @property

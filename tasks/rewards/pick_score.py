@@ -31,7 +31,7 @@ class PickScore(Prompted):
     Args:
         path: folder with PickScore's model in transformers' format, or a hub id; empty looks below $SOLVUS_WEIGHTS.
         pinned: commit of the hub id.
-        prompts: row i has prompt i, over again after the last.
+        prompts: row i has prompt i, over again after the last; empty takes the prompts of the model.
 
     Reference: Kirstain et al. 2023, "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation",
         eq. 1.
@@ -42,7 +42,6 @@ class PickScore(Prompted):
     pinned: str = ""
     prompts: tuple[str, ...] = ()
 
-    needs_labels = False
     differentiable = True
 
     @property

@@ -31,7 +31,7 @@ class VQAYes(Prompted):
         path: folder with a BLIP question answering model in transformers' format, or a hub id; empty looks below
             $SOLVUS_WEIGHTS.
         pinned: commit of the hub id.
-        prompts: row i has prompt i, over again after the last.
+        prompts: row i has prompt i, over again after the last; empty takes the prompts of the model.
         question: what is asked, with {} in place of the prompt.
         answer: the answer whose probability it is.
 
@@ -46,7 +46,6 @@ class VQAYes(Prompted):
     question: str = "does this picture show {}?"
     answer: str = "yes"
 
-    needs_labels = False
     differentiable = True
 
     def __post_init__(self) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from tasks import registry
+from tasks.prompted import reading
 from tasks.registry import rewards
 
 
@@ -20,6 +23,8 @@ class Weighted:
     Args:
         rewards: specs of the rewards, ``[{name: ink}, {name: symmetry}]``.
         weights: one number a reward; negative ones ask for less of it.
+
+    Where some of them depend on the row or its prompt, so does the sum.
 
     Reference: none needed. To compare scales first, ``solvus`` keeps every reward as a column of its own.
     Cost: that of its rewards.
@@ -70,6 +75,29 @@ class Weighted:
         """Shapes that all of them can score."""
         for part in self.parts:
             part.check(shape)
+
+    def reading(self, texts: tuple[str, ...]) -> Self:
+        """The same rewards with the model's prompts at hand."""
+        made = copy(self)
+        made.__dict__["parts"] = tuple(reading(part, texts) for part in self.parts)
+        return made
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether nothing but its prompt is what its rewards need to know of a row."""
+        return all(getattr(part, "by_prompt", False) for part in self.parts if hasattr(part, "at"))
+
+    @property
+    def at(self) -> Callable[[Tensor], Weighted]:
+        """(B,) int64 sample indices -> the scorer of these rows."""
+        if not any(hasattr(part, "at") for part in self.parts):
+            raise AttributeError("at")
+        return self._at
+
+    def _at(self, indices: Tensor) -> Weighted:
+        made = copy(self)
+        made.__dict__["parts"] = tuple(part.at(indices) if hasattr(part, "at") else part for part in self.parts)
+        return made
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
         """(B,) float64."""

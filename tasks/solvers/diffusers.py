@@ -195,7 +195,7 @@ class DiffusersScheduler:
             # The scheduler works in its own coordinates, which for the sigma-space classes are x / alpha.
             sample = state.x * (float(getattr(scheduler, "init_noise_sigma", 1.0)) / process.prior_std(t))
         options = {}
-        if "generator" in inspect.signature(scheduler.step).parameters:
+        if _takes_generator(type(scheduler)):  # type: ignore[arg-type]
             seeds = noise.integers("scheduler")  # type: ignore[attr-defined]
             options["generator"] = [torch.Generator(sample.device).manual_seed(seed) for seed in seeds]
         x0_hat = state.x0_hat
@@ -233,6 +233,11 @@ def _edm_raw_output(scheduler: Any, sample: Tensor, x0: Tensor, sigma: float) ->
     return (x0 - skip * sample) / out
 
 
+@lru_cache(maxsize=256)
+def _takes_generator(cls: Any) -> bool:
+    return "generator" in inspect.signature(cls.step).parameters
+
+
 def _text(config: dict[str, Any]) -> str:
     """A configuration as text, to be a cache key."""
     return json.dumps(config, sort_keys=True)
@@ -255,7 +260,8 @@ class _Running:
 
     def fork(self) -> _Running:
         """An independent copy: a step must not change the state it started from."""
-        return _Running(copy.deepcopy(self.scheduler), self.sample, self.position)
+        config = self.scheduler.config  # never changes, and most of what a copy would cost
+        return _Running(copy.deepcopy(self.scheduler, {id(config): config}), self.sample, self.position)
 
     def reindex(self, index: Tensor) -> _Running:
         """Keep, drop or copy particles in every tensor that the scheduler remembers."""

@@ -31,7 +31,7 @@ def test_separate_pools_give_the_same_rows_and_values(
 ) -> None:
     common = ["study=tiny", "num_samples=96", "batch_size=32", "shard_size=32", "search.space={nfe:[4,6]}"]
     common += ["metrics=[{name:frechet,features:identity}]", "tracker=none"]
-    pools = "executor.pools={write:{workers:1,cpus:0.5},score:{workers:1,cpus:0.5}}"
+    pools = "executor.pools={decode:{workers:1,cpus:0.5},write:{workers:1,cpus:0.5},score:{workers:1,cpus:0.5}}"
     assert solvus("run", *common, f"root={tmp_path / 'here'}").code == 0
     far = solvus("run", *common, f"root={tmp_path / 'far'}", "executor=ray", "executor.workers=1", pools)
     assert far.code == 0, far.err
@@ -83,7 +83,7 @@ def test_a_cluster_preset_that_does_not_exist_is_named() -> None:
 @pytest.mark.parametrize(
     ("pools", "message"),
     [
-        ({"generate": {"workers": 2}}, "write and score"),
+        ({"generate": {"workers": 2}}, "decode, write and score"),
         ({"score": {"worker": 2}}, "takes"),
         ({"write": {"workers": 0}}, "workers >= 1"),
     ],

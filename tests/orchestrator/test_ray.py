@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
+import venv
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -12,15 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 
 from orchestrator import rows
 from orchestrator.adapters.ray_executor import RayExecutor
+from orchestrator.adapters.ray_rewards import _HELD, RewardActor, ServedReward
 from orchestrator.plan import ARTIFACTS
 from orchestrator.ports import WorkerLost
 from orchestrator.store import CorruptShard, Store
 from orchestrator.study import Study
 from orchestrator.worker import perform
+from tasks import registry
 from tasks.recipe import Recipe
+from tests.tasks import tiny_weights
 
 pytestmark = pytest.mark.ray
 
@@ -206,8 +213,6 @@ def test_impossible_resources_are_refused(fields: dict[str, Any]) -> None:
 def test_a_reward_in_an_actor_of_its_own_gives_the_rows_of_this_process_bit_for_bit_and_scores_nothing_twice(
     make_study: Callable, launch: Callable, tmp_path: Path, one: Any
 ) -> None:
-    from orchestrator.adapters.ray_rewards import _HELD, ServedReward
-
     best = {"name": "best_of_n", "n": 4}
     recipe = Recipe("digits", "euler", "uniform", "none", best, "class_log_prob", batch_size=16).completed()  # type: ignore[arg-type]
     recipe = recipe.override({"times.num_steps": 2})
@@ -224,7 +229,7 @@ def test_a_reward_in_an_actor_of_its_own_gives_the_rows_of_this_process_bit_for_
                 samples(study, recipe), samples(make_study(**fields, root=str(tmp_path / "here")), recipe)
             )
             assert there.trials[0].values == here.trials[0].values
-        counts = ray.get(ServedReward(recipe.reward, options).actor().counts.remote())  # type: ignore[arg-type]
+        counts = ray.get(ServedReward(recipe.reward, (), options).actor().counts.remote())  # type: ignore[arg-type]
         assert (counts["scored"], counts["reused"]) == (32, 32)
     finally:
         _HELD.clear()
@@ -245,7 +250,7 @@ def test_a_served_reward_reports_the_seconds_and_the_reuse_of_its_actor_and_leav
         def __init__(self, spec: Any) -> None:
             self._actor, self.score = ray_rewards.RewardActor(spec), self
 
-        def remote(self, samples: Any, cond: Any) -> Any:
+        def remote(self, samples: Any, cond: Any, indices: Any) -> Any:
             for array in (samples, cond):
                 array.flags.writeable = False
             return self._actor.score(samples, cond)
@@ -254,7 +259,7 @@ def test_a_served_reward_reports_the_seconds_and_the_reuse_of_its_actor_and_leav
     samples, cond = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6)
     for name, reused in (("class_log_prob", 6), ("ink", 0)):  # what is cheap is not looked up
         spec = registry.rewards.complete(name)
-        served, handle = ray_rewards.ServedReward(spec, {}), Handle(spec)
+        served, handle = ray_rewards.ServedReward(spec, (), {}), Handle(spec)
         monkeypatch.setattr(served, "actor", lambda handle=handle: handle)
         plain = registry.rewards.build(spec)(samples, cond)
         assert torch.equal(served(samples.clone(), cond.clone()), plain)
@@ -262,6 +267,54 @@ def test_a_served_reward_reports_the_seconds_and_the_reuse_of_its_actor_and_leav
         assert seconds > 0 and served.reused == 0
         assert torch.equal(served(samples.clone(), cond.clone()), plain) and served.reused == reused
         assert (served.seconds > seconds) == (reused == 0)
+
+
+LABELS = torch.tensor([1, 0, 1])
+PICTURES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def clip_score(**more: Any) -> Any:
+    return registry.rewards.complete({"name": "clip_score", "path": str(tiny_weights.clip())} | more)
+
+
+@pytest.mark.slow  # the actor's process imports transformers
+def test_an_actor_reads_the_model_s_prompts_in_an_environment_of_its_own(one: Any, tmp_path: Path) -> None:
+    """The environment is another Python, with a package that this process does not have."""
+    python = other_python(tmp_path / "clash")
+    texts = ("a red fox", "the sea")
+    here = registry.rewards.build(clip_score()).reading(texts)
+    try:
+        served = ServedReward(clip_score(), texts, {"num_cpus": 0, "env": {"py_executable": str(python)}})
+        assert torch.equal(served(PICTURES, LABELS), here(PICTURES, LABELS).detach())
+        find = lambda actor: (sys.executable, importlib.import_module("clashing").VERSION)  # noqa: E731
+        assert ray.get(served.actor().__ray_call__.remote(find)) == (str(python), "2.0")
+        assert importlib.util.find_spec("clashing") is None
+    finally:
+        _HELD.clear()
+
+
+def test_what_an_actor_is_asked_says_whose_prompts_they_are() -> None:
+    own = clip_score(prompts=["a cat", "two dogs"])
+    names = [ServedReward(clip_score(), texts, {}).name for texts in (("a cat",), ("a house",))]
+    assert len({*names, ServedReward(own, (), {}).name}) == 3  # the same labels mean other texts
+    ink = registry.rewards.complete("ink")
+    assert ServedReward(ink, ("a cat",), {}).name == ServedReward(ink, (), {}).name
+    assert hasattr(ServedReward(own, (), {}), "at") and not hasattr(ServedReward(clip_score(), (), {}), "at")
+    actor, wanted = RewardActor(own), registry.rewards.build(own).at(LABELS)(PICTURES, None).detach().numpy()
+    for _ in range(2):
+        assert np.array_equal(actor.score(PICTURES.numpy(), None, LABELS.numpy())[0], wanted)
+    assert actor.counts()["scored"] == actor.counts()["reused"] == 3
+    moved, *_ = actor.score(PICTURES.numpy(), None, LABELS.numpy() - 1)  # the same pictures in other rows
+    assert not np.array_equal(moved, wanted)
+
+
+def other_python(folder: Path) -> Path:
+    """An interpreter that sees our packages behind one of its own, made without a network."""
+    venv.EnvBuilder(with_pip=False).create(folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "clashing.py").write_text("VERSION = '2.0'")
+    (site / "ours.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages") or not p))
+    return folder / "bin" / "python"
 
 
 def test_an_actor_with_options_that_mean_nothing_is_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tasks import registry, run
 from tasks.noise import RowNoise
-from tasks.pipelines import hub
+from tasks.pipelines import decoder, hub
 from tasks.pipelines.memory import Portions
 from tasks.pipelines.texts import Texts
 from tasks.recipe import Recipe
@@ -290,6 +290,32 @@ def test_every_solver_and_strategy_sees_an_ordinary_model(saved, prompt_file):
     found = generate(made, 0, 4)
     assert found["x0"].shape == (4, 3, 16, 16)
     assert found["nfe"].tolist() == [8] * 4
+
+
+# --- decoding in a stage of its own ----------------------------------------------------------------------------------
+
+
+def test_latents_decoded_apart_are_the_same_images_bit_for_bit_without_the_network(saved, prompt_file, monkeypatch):
+    _, folder = saved("stable_diffusion")
+    made = recipe(folder, prompt_file, solver=DDIM)
+    whole = generate(made, 0, 8)
+    pieces = [generate(made, low, high, decoded=False) for low, high in ((0, 3), (3, 8))]
+    assert pieces[0]["x0"].shape == (3, 4, 8, 8)
+    decoder._decoder.cache_clear()
+    monkeypatch.setattr(run, "_load", None)  # neither the network nor the encoders
+    images = [run.decode(made, start, piece) for start, piece in zip((0, 3), pieces, strict=True)]
+    np.testing.assert_array_equal(np.concatenate([piece["x0"] for piece in images]), whole["x0"])
+    for name in ("sample_id", "prompt", "nfe"):
+        np.testing.assert_array_equal(np.concatenate([piece[name] for piece in images]), whole[name])
+    assert all((image["seconds"] > piece["seconds"]).all() for image, piece in zip(images, pieces, strict=True))
+
+
+def test_an_image_that_the_decoder_spoils_is_an_error(saved, prompt_file):
+    made = recipe(saved("stable_diffusion")[1], prompt_file, solver=DDIM)
+    found = generate(made, 4, 8, decoded=False)
+    found["x0"][2] = np.inf
+    with pytest.raises(ValueError, match="sample 6 of .* is not finite"):
+        run.decode(made, 4, found)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

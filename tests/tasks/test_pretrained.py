@@ -256,3 +256,60 @@ def test_grey_is_three_equal_colours_with_their_own_scales():
     found = Preparation(16)(grey)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     torch.testing.assert_close(found * std + mean, ((grey + 1) / 2).expand(-1, 3, -1, -1))
+
+
+# --- the model's prompts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_without_prompts_of_its_own_a_reward_reads_the_model_s_by_label(name):
+    reward = build("reward", name, prompts=[]).reading(tuple(tiny_weights.PROMPTS))
+    reward.check((3, 20, 20))
+    assert reward.needs_labels and not hasattr(reward, "at")
+    labels = torch.tensor([2, 0, 1, 1, 0, 2, 2])
+    with torch.no_grad():
+        found = reward(SAMPLES, labels)
+        own = build("reward", name).at(labels)(SAMPLES, None)  # row i of its own prompts is number i
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="needs a prompt for each of 7 samples: a label below 3"):
+        reward(SAMPLES, labels + 1)
+    with pytest.raises(ValueError, match="needs a prompt for each of 7 samples"):
+        reward(SAMPLES, None)
+
+
+def test_prompts_of_its_own_are_not_replaced_by_the_model_s():
+    reward = build("reward", "clip_score").reading(("a house",))
+    with torch.no_grad():
+        found = reward.at(torch.arange(7))(SAMPLES, torch.zeros(7, dtype=torch.int64))
+    assert not reward.needs_labels
+    torch.testing.assert_close(found, scores("clip_score", SAMPLES))
+
+
+def weighted(**fields):
+    parts = [{"name": n} | tiny_weights.fields("reward", n) | fields for n in ("clip_score", "pick_score")]
+    return registry.rewards.build({"name": "weighted", "rewards": [*parts, {"name": "ink"}], "weights": [1, -0.5, 2]})
+
+
+def test_a_weighted_sum_passes_prompts_and_rows_to_its_parts():
+    labels = torch.tensor([2, 0, 1, 1, 0, 2, 2])
+    with torch.no_grad():
+        clip, pick = (build("reward", name).at(labels)(SAMPLES, None) for name in ("clip_score", "pick_score"))
+        wanted = clip.double() - 0.5 * pick.double() + 2 * build("reward", "ink")(SAMPLES, None).double()
+        by_row = weighted().at(labels)(SAMPLES, None)
+        read = weighted(prompts=[]).reading(tuple(tiny_weights.PROMPTS))
+        by_label = read(SAMPLES, labels)
+    for found in (by_row, by_label):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert weighted().by_prompt and not weighted().needs_labels
+    assert read.needs_labels and not hasattr(read, "at")
+    plain = registry.rewards.build({"name": "weighted"})
+    assert not hasattr(plain, "at") and not plain.needs_labels
+
+
+def test_where_the_weights_of_a_weighted_sum_s_parts_lie_is_no_part_of_its_key(tmp_path):
+    shutil.copytree(tiny_weights.clip(), tmp_path / "moved")
+    parts = [{"name": "clip_score", "path": str(place)} for place in (tiny_weights.clip(), tmp_path / "moved")]
+    specs = [registry.rewards.complete({"name": "weighted", "rewards": [part], "weights": [1]}) for part in parts]
+    assert scorer_identity(specs[0]) == scorer_identity(specs[1])
+    other = [{"name": "clip_score", "path": str(tiny_weights.clip(1))}]
+    assert scorer_identity(specs[0] | {"rewards": other}) != scorer_identity(specs[0])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny_bert
+import tiny_edm
 import tiny_weights
 import torch
 
@@ -22,7 +23,8 @@ from tests.tasks import tiny_pipelines
 
 DIGITS = str(Path(tasks.__file__).parent / "weights" / "digits")
 PIPELINE = str(tiny_pipelines.digits(Path(tempfile.mkdtemp(prefix="solvus-")) / "digits"))
-REQUIRED = {("model", "unet"): {"path": DIGITS}, ("model", "diffusers"): {"path": PIPELINE}}
+EDM = str(tiny_edm.converted(Path(tempfile.mkdtemp(prefix="solvus-"))))
+REQUIRED = {("model", name): {"path": path} for name, path in (("unet", DIGITS), ("diffusers", PIPELINE), ("edm", EDM))}
 EVERY = [(kind, name) for kind, known in registry.ALL.items() for name in known.names()]
 EVERY_PLUGIN = pytest.mark.parametrize(("kind", "name"), EVERY, ids=[f"{kind}-{name}" for kind, name in EVERY])
 
@@ -41,6 +43,7 @@ UNUSUAL = [
     ("model", {"name": "masked_lm", "path": "owner/name", "revision": "0123456789" * 4, "length": 7}),
     ("model", {"name": "unet", "path": DIGITS, "scheduler": {"beta_schedule": "linear"}, "data": "digits"}),
     ("model", {"name": "diffusers", "path": PIPELINE, "dtype": "bfloat16", "compile": True, "halvings": 0}),
+    ("model", {"name": "edm", "path": EDM, "sigma_min": 0.01, "sigma_max": 50.0}),
     ("times", {"name": "shifted", "num_steps": 3, "shift": 1.5}),
     ("solver", {"name": "ddim", "eta": 0.25}),
     ("solver", {"name": "dpmpp_2m", "lower_order_final": True}),

@@ -28,9 +28,5 @@ class DDPM(Family):
         """The UNet's answer, without a learned variance."""
         return first_half(pipe.unet(x, n, cond, return_dict=False)[0], x.shape[1])
 
-    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
-        """States are images."""
-        return x0
-
 
 FAMILY = DDPM()

@@ -1,0 +1,1 @@
+"""EDM's published networks: reading their pickles without running them, and the networks themselves."""
