@@ -251,6 +251,7 @@ def test_what_does_not_fit_tokens_is_refused_when_planning(changes, message):
         {"name": "best_of_majority", "n": 2, "equivalence": "tokens"},
         {"name": "fk_steering", "particles": 2, "first": 1, "every": 1},
         {"name": "svdd", "children": 2},
+        {"name": "token_repulsion", "particles": 2},
     ],
     ids=lambda s: "-".join(str(v) for v in s.values()),
 )
