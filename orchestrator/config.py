@@ -264,8 +264,11 @@ def study(data: dict[str, Any]) -> Study:
     if not isinstance(metrics, list):
         raise ValueError(f"metrics must be a list, for example [frechet, kid], got {metrics!r}.")
     specs = [metric_registry.complete(spec) for spec in metrics]
-    if not any(spec["name"] == "cost" for spec in specs):
-        specs.append(metric_registry.complete("cost"))
+    # What every study needs, and what a value must never be shown without (perplexity: the entropy of the tokens).
+    needed = [name for spec in specs for name in getattr(metric_registry.get(spec["name"]), "beside", ())]
+    for name in (*needed, "cost"):
+        if not any(spec["name"] == name for spec in specs):
+            specs.append(metric_registry.complete(name))
     return Study(
         name=name,
         recipe=recipe,
