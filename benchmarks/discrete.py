@@ -138,12 +138,13 @@ def _data() -> list[str]:
         if name == "quality/frechet":
             found.append("")
             continue
+        known = metric.reference(registry.models.build("digits_tokens"), lambda *_: None)
         for spec in metric.needs():
             scorer = registry.scorer(spec)
             with torch.no_grad():
                 values = scorer(torch.as_tensor(images), torch.as_tensor(labels))
             rows[registry.column(spec)] = values.numpy()
-        found.append(VALUES[name][1].format(metric.compute(metric.summarize(rows), None)[name]))
+        found.append(VALUES[name][1].format(metric.compute(metric.summarize(rows), known)[name]))
     return found
 
 
