@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from dashboards.report.view import Row
 from orchestrator.api import run
 from orchestrator.baselines import stock
 from orchestrator.config import compose, files_of, study
@@ -157,3 +159,17 @@ def test_every_trial_of_the_grid_of_study_tokens_can_be_planned() -> None:
         made.recipe.override(space.decode(space.sample(generator))).check()
     grids = [made.recipe.override(space.decode(space.sample(generator))).grid[0] for _ in range(5)]
     assert all(a > b for grid_ in grids for a, b in pairwise(grid_))
+
+
+def test_the_report_says_what_a_token_solver_does_to_probabilities() -> None:
+    filters = [{"name": "temperature", "temperature": 0.8}, {"name": "top_h"}]
+    made = recipe(solver={"name": "ancestral", "filters": filters})
+    assert Row.of({"recipe": json.dumps({"solver": made.solver})}).solver == "ancestral (temperature 0.8, top_h 0.4)"
+    named = {
+        "confidence": "confidence (sampled)",
+        "remasking": "remasking (eta 0.02)",
+        "first_hitting": "first_hitting",
+    }
+    for solver, label in named.items():
+        found = recipe(solver=solver, nfe=4).solver
+        assert Row.of({"recipe": json.dumps({"solver": found})}).solver == label
