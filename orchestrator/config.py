@@ -265,10 +265,10 @@ def study(data: dict[str, Any]) -> Study:
         raise ValueError(f"metrics must be a list, for example [frechet, kid], got {metrics!r}.")
     specs = [metric_registry.complete(spec) for spec in metrics]
     # What every study needs, and what a value must never be shown without (perplexity: the entropy of the tokens).
-    needed = [name for spec in specs for name in getattr(metric_registry.get(spec["name"]), "beside", ())]
-    for name in (*needed, "cost"):
-        if not any(spec["name"] == name for spec in specs):
-            specs.append(metric_registry.complete(name))
+    beside = [other for spec in specs for other in getattr(metric_registry.get(spec["name"]), "beside", ())]
+    for metric in (*beside, "cost"):
+        if not any(spec["name"] == metric for spec in specs):
+            specs.append(metric_registry.complete(metric))
     return Study(
         name=name,
         recipe=recipe,
