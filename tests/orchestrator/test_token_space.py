@@ -124,7 +124,8 @@ def test_a_search_over_times_filters_and_strategies_runs(tmp_path: Path) -> None
     found = run(
         f"root={tmp_path}", "name=t", "model=table", "model.seed=5", "solver=ancestral", "reward=linear",
         "search=nsga2", "search.num_trials=4", "search.held_out=0", "num_samples=32", "batch_size=32", "tracker=none",
-        f"metrics=[{{name: mean_reward, reward: linear}}, {judge}]", "search.baselines=[{solver: first_hitting, nfe: 3}]",
+        f"metrics=[{{name: mean_reward, reward: linear}}, {judge}]",
+        "search.baselines=[{solver: first_hitting, nfe: 3}]",
         "search.objectives=[reward/linear, quality/perplexity, quality/token_entropy]",
         "search.space={schedule: {nfe: 3, times: free}, solver.filters: [[], [{name: temperature}]], "
         "strategy: [single, best_of_n], strategy.n: {low: 2, high: 3, when: {strategy: best_of_n}}}",
