@@ -9,14 +9,19 @@ from tasks.presets import PRESETS
 from tasks.recipe import Recipe
 
 GRIDS = ("uniform", "quadratic", "karras", "logsnr")
+TOKEN_SOLVERS = ("ancestral", "first_hitting", "tau_leaping", "confidence", "remasking")
 
 
 def stock(recipe: Recipe, nfes: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every deterministic preset with every stock grid at the given numbers of evaluations: (label, overrides).
 
     The uniform grid is what diffusers calls trailing spacing. What cannot run on the recipe's process, or is the same
-    schedule again, is left out.
+    schedule again, is left out. Of a token model: every solver that needs neither energies nor a calibration, on the
+    uniform grid.
     """
+    if recipe.parts.model.noising.kind == "masked":
+        yield from _stock_tokens(recipe, nfes)
+        return
     seen = set()
     for nfe in nfes:
         for preset, settings in reversed(
@@ -36,6 +41,17 @@ def stock(recipe: Recipe, nfes: tuple[int, ...]) -> Iterator[tuple[str, dict[str
                 if key not in seen:
                     seen.add(key)
                     yield f"{preset}, {grid}, {nfe}", overrides
+
+
+def _stock_tokens(recipe: Recipe, nfes: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for nfe in nfes:
+        for solver in TOKEN_SOLVERS:
+            overrides = {"solver": solver, "times": "uniform", "nfe": nfe}
+            try:
+                recipe.override(overrides).check()
+            except ValueError:  # first hitting, with more steps than tokens
+                continue
+            yield f"{solver}, {nfe}", overrides
 
 
 def listed(data: Any, recipe: Recipe, nfes: tuple[int, ...]) -> list[tuple[str, dict[str, Any]]]:

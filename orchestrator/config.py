@@ -253,8 +253,11 @@ def study(data: dict[str, Any]) -> Study:
     if not isinstance(metrics, list):
         raise ValueError(f"metrics must be a list, for example [frechet, kid], got {metrics!r}.")
     specs = [metric_registry.complete(spec) for spec in metrics]
-    if not any(spec["name"] == "cost" for spec in specs):
-        specs.append(metric_registry.complete("cost"))
+    # What every study needs, and what a value must never be shown without (perplexity: the entropy of the tokens).
+    beside = [other for spec in specs for other in getattr(metric_registry.get(spec["name"]), "beside", ())]
+    for metric in (*beside, "cost"):
+        if not any(spec["name"] == metric for spec in specs):
+            specs.append(metric_registry.complete(metric))
     return Study(
         name=name,
         recipe=recipe,

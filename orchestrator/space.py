@@ -2,7 +2,8 @@
 
 A space maps dotted paths to what each may be: a list of choices, or ``{low, high}`` (with ``log: true`` or ``step``).
 An axis with ``when: {path: values}`` exists only where the axis named there took one of those values. The special key
-``schedule`` opens a whole solver schedule, step by step (``orchestrator/schedule_space.py``).
+``schedule`` opens a whole solver schedule, step by step (``orchestrator/schedule_space.py``), or of a token model the
+times of its steps (``orchestrator/token_space.py``).
 
 A point is found by *walking*: the space asks for one axis after another and skips those that do not apply, so the same
 walk serves a sampler that draws values, a known point that is read back, and a mutation of an older point.
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.schedule_space import ScheduleSpace
+from orchestrator.token_space import TokenTimes
 from tasks.recipe import Recipe
 from tasks.registry import unknown
 
@@ -110,17 +112,29 @@ class Space:
     def __init__(self, data: Mapping[str, Any], recipe: Recipe | None = None) -> None:
         check_space(data)
         self.schedule: ScheduleSpace | None = None
+        self.token_times: TokenTimes | None = None
         if "schedule" in data:
             if recipe is None:
                 raise ValueError("search.space.schedule needs a study's recipe: it is laid over a model's process.")
-            self.schedule = ScheduleSpace(data["schedule"], recipe, parse_axis)
+            if recipe.parts.model.noising.kind == "masked":
+                _refuse_times_beside(data)
+                self.token_times = TokenTimes(data["schedule"], recipe, parse_axis)
+            else:
+                self.schedule = ScheduleSpace(data["schedule"], recipe, parse_axis)
         plain = [parse_axis(path, axis) for path, axis in data.items() if path != "schedule"]
         self.plain = _ordered(plain)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
         """All axes that some point of the space has, in the order of a walk."""
-        return (*self.plain, *(self.schedule.axes if self.schedule else ()))
+        opened = self.schedule or self.token_times
+        return (*self.plain, *(opened.axes if opened else ()))
+
+    @property
+    def nfes(self) -> tuple[int, ...]:
+        """The numbers of evaluations that a schedule may have; empty where the space opens none."""
+        opened = self.schedule or self.token_times
+        return opened.nfes if opened else ()
 
     def walk(self, suggest: Suggest) -> tuple[dict[str, Any], dict[str, Any]]:
         """Ask for every axis that applies; (parameters by axis name, overrides of the recipe)."""
@@ -138,6 +152,8 @@ class Space:
                 overrides[axis.name] = ask(axis)
         if self.schedule is not None:
             overrides["schedule"] = self.schedule.walk(ask)
+        if self.token_times is not None:
+            overrides |= self.token_times.walk(ask)
         return params, overrides
 
     def decode(self, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +180,11 @@ class Space:
         """The parameters of the point nearest to some overrides; None where they leave an axis open."""
         plain = {axis.name for axis in self.plain}
         try:
-            reader = self.schedule.reader(overrides["schedule"]) if self.schedule else None
+            reader: Callable[[Axis], Any] | None = None
+            if self.schedule is not None:
+                reader = self.schedule.reader(overrides["schedule"])
+            elif self.token_times is not None:
+                reader = self.token_times.reader(overrides)
 
             def suggest(axis: Axis) -> Any:
                 return axis.nearest(overrides[axis.name] if axis.name in plain else reader(axis))  # type: ignore[misc]
@@ -178,6 +198,8 @@ class Space:
         found = [value for axis in self.axes for value in axis.features(params.get(axis.name))]
         if self.schedule is not None:
             found += self.schedule.features(params)
+        if self.token_times is not None:
+            found += self.token_times.features(params)
         return np.array(found)
 
     @cached_property
@@ -209,6 +231,16 @@ def check_space(space: Mapping[str, Any], name: str = "") -> None:
     if not isinstance(space, Mapping) or not space:
         of = f"search {name}" if name else "the search"
         raise ValueError(f"{of} has an empty space. Set search.space, for example {{solver: [ddim, heun]}}.")
+
+
+def _refuse_times_beside(data: Mapping[str, Any]) -> None:
+    """Axes that would set the times a second time."""
+    for path in data:
+        if path == "nfe" or path.partition(".")[0] == "times":
+            raise ValueError(
+                f"search.space has both schedule and {path}, which sets the times again. Put it into "
+                "search.space.schedule, as nfe or times."
+            )
 
 
 def parse_axis(path: str, data: Any) -> Axis:

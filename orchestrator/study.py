@@ -139,6 +139,8 @@ class Study:
             for need in plugin.needs():
                 scorer = recipe.scorer(need)
                 scorer.check(sample_shape(model))
+                if hasattr(scorer, "check_model"):
+                    scorer.check_model(model)
                 if scorer.needs_labels and not recipe.has_labels:
                     raise ValueError(f"metric {spec['name']} needs labels, but this study has none. Leave it out.")
                 self._check_companion(recipe, spec["name"], need)

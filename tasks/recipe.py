@@ -204,6 +204,8 @@ class Recipe:
             if p.reward is None:
                 raise ValueError(f"strategy {self.strategy['name']} needs a reward. Set reward=NAME.")
             p.reward.check(sample_shape(p.model))
+            if hasattr(p.reward, "check_model"):
+                p.reward.check_model(p.model)
             if p.reward.needs_labels and not self.has_labels:
                 raise ValueError(f"reward {self.reward['name']} needs labels, but this study has none.")  # type: ignore[index]
             if hasattr(p.reward, "at") and not getattr(p.reward, "by_prompt", False) and self.has_labels:

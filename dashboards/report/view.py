@@ -53,6 +53,8 @@ class Row:
             changed = [str(spec[key]) for key in ("max_order", "corrector", "kappa") if spec.get(key) is not None]
             changed += [hook["name"] for hook in spec.get("hooks") or []]
             return f"{name} ({', '.join(changed)})" if changed else name
+        if "filters" in spec:
+            return _token_solver(spec)
         extra = f" (eta={spec['eta']:g})" if spec.get("eta") else ""
         return {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "heun": "Heun", "euler": "Euler"}.get(
             spec["name"], spec["name"]
@@ -223,3 +225,14 @@ def best_by_nfe(rows: list[Row], name: str, lower: bool) -> dict[str, list[Row]]
     for (label, _), row in sorted(best.items()):
         series.setdefault(label, []).append(row)
     return series
+
+
+def _token_solver(spec: dict[str, Any]) -> str:
+    """A solver of tokens with what it does to their probabilities: ancestral (temperature 0.8, top_p 0.9)."""
+    said = [str(spec[key]) for key in ("confidence", "learn") if isinstance(spec.get(key), str)]
+    said += [f"{key} {spec[key]:g}" for key in ("eta", "k") if spec.get(key)]
+    said += [key for key in ("cache", "confident", "loop") if spec.get(key) is True]
+    for item in spec["filters"] or ():
+        numbers = [f"{value:g}" for key, value in item.items() if key != "name" and isinstance(value, float)]
+        said.append(" ".join([item["name"], *numbers[:1]]))
+    return f"{spec['name']} ({', '.join(said)})" if said else str(spec["name"])

@@ -21,7 +21,8 @@ class Perplexity:
     """Generative perplexity ``exp(-mean log p(x) / L)`` of the samples under a law that can be written down.
 
     Low is not good by itself: a sampler at low temperature repeats the likeliest strings and has a lower perplexity
-    than the data. Show ``token_entropy`` beside it.
+    than the data. So every study that asks for it measures ``token_entropy`` too, and no search may have it as its only
+    quality.
 
     Args:
         model: spec of the token model whose law judges: ``{name: digits_tokens}`` for its autoregressive model,
@@ -37,6 +38,8 @@ class Perplexity:
     conditional: bool | None = None
 
     better = {"quality/perplexity": "lower"}
+    beside = ("token_entropy",)
+    gamed = {"quality/perplexity": "quality/token_entropy"}
 
     @property
     def _scorer(self) -> Spec:

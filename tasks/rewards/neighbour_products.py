@@ -14,6 +14,7 @@ from tasks.noise import RowNoise
 from tasks.recipe import canonical, digest
 from tasks.reference_items import items
 from tasks.registry import models, rewards
+from tasks.types import sample_shape
 
 
 @rewards.register("neighbour_products")
@@ -22,7 +23,7 @@ class NeighbourProducts:
     """Log-likelihood of noisy products of neighbours along a string, measured of the row's own reference item.
 
     ``r(x) = log N(y; (x_1 x_2, x_2 x_3, …), sigma_y^2 I)`` with y made of item i of the model's reference data in row i
-    (over again after the last), or given. The elements of a state, flattened, are its string. It tells apart what no
+    (over again after the last), or given. The elements of a sample, flattened, are its string. It tells apart what no
     linear measurement of the mean of x can: a product is 0 if either factor is.
 
     Args:
@@ -50,7 +51,7 @@ class NeighbourProducts:
             raise ValueError(f"reward.sigma_y must be positive, got {self.sigma_y}.")
         if self.item is not None and self.item < 0:
             raise ValueError(f"reward.item must be at least 0, got {self.item}.")
-        self.check(tuple(models.build(self.model).shape))
+        self.check(sample_shape(models.build(self.model)))
 
     @property
     def revision(self) -> str:
@@ -60,8 +61,8 @@ class NeighbourProducts:
         return digest(["1", hashlib.sha256(items(canonical(self.model)).tobytes()).hexdigest()])[:16]
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """States of the shape that is measured, with at least two elements."""
-        known = tuple(models.build(self.model).shape)
+        """Samples of the shape that is measured, with at least two elements."""
+        known = sample_shape(models.build(self.model))
         if tuple(shape) != known:
             raise ValueError(
                 f"neighbour_products measures data of model {self.model['name']}, of shape {known}, but the samples "
@@ -73,7 +74,7 @@ class NeighbourProducts:
 
     def at(self, indices: Tensor) -> ProductsOfRows:
         """The scorer of the rows with these indices, (B,) int64."""
-        size = math.prod(models.build(self.model).shape) - 1
+        size = math.prod(sample_shape(models.build(self.model))) - 1
         if self.y is not None:
             given = torch.tensor(self.y, dtype=torch.float64, device=indices.device)
             return ProductsOfRows(given.expand(len(indices), -1), self.sigma_y)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tasks import registry
 from tasks.recipe import canonical, digest
 from tasks.registry import rewards
-from tasks.tokens import alphabet, refuse_other_samples, token_ids
+from tasks.tokens import alphabet, refuse_other_alphabet, refuse_other_samples, token_ids
 from tasks.types import Model
 
 
@@ -79,6 +79,14 @@ class TokenLogProb:
                 f"reward token_log_prob asks model {self.model['name']}, which knows {length} tokens, but the samples "
                 f"have {math.prod(shape)}. Set reward.model to the model of the study."
             )
+
+    def check_model(self, model: Any) -> None:
+        """A model with the vocabulary and length that the law knows.
+
+        Raises:
+            ValueError: says both.
+        """
+        refuse_other_alphabet(model, self.judge, "reward token_log_prob")
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
         """(B,) float64.

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks import classifier
+from tasks import apart, classifier
 from tasks.account import Account
-from tasks.lookahead import rows_of
 from tasks.registry import strategies, unknown
-from tasks.types import Noise, Reward, Samples, reindex, sample_shape
+from tasks.types import Noise, Reward, Samples, sample_shape
 
 FEATURES = ("identity", "classifier")
 
@@ -36,7 +35,8 @@ class Repulsion:
         budget: caps per sample: nfe, reward_calls, decodes, seconds.
 
     Reference: Lamont et al. 2026, "Free Lunch for Pass@k? Low Cost Diverse Sampling for Diffusion Language Models".
-        That is for tokens; here, its continuous counterpart, the gradient acts on clean predictions instead of logits.
+        That is for tokens, and strategy token_repulsion; here, its continuous counterpart, the gradient acts on clean
+        predictions instead of logits.
     Cost: K trajectories; K reward calls unless ``pick`` is given. Gradients go through the features only.
     Identities: particle 0 is ``single``; with alpha=0 this is ``best_of_n``.
     """
@@ -69,7 +69,7 @@ class Repulsion:
         if recipe.parts.model.noising.kind != "gaussian":
             raise ValueError(
                 f"strategy repulsion moves clean predictions in space, but model {recipe.model['name']} is "
-                f"{recipe.parts.model.noising.kind}. Use a Gaussian model."
+                f"{recipe.parts.model.noising.kind}. Use token_repulsion for tokens, or a Gaussian model."
             )
         if self.features == "classifier":
             classifier.refuse_other_shapes(sample_shape(recipe.parts.model), "strategy.features=classifier")
@@ -85,18 +85,7 @@ class Repulsion:
             return Samples(sampler.run(noise).x)
         wide = sampler.repeat(self.particles)
         wide = replace(wide, model=_Repelled(sampler.model, self))
-        x0 = wide.run(noise.repeat(self.particles)).x
-        groups = x0.flatten(1).double().view(-1, self.particles, x0[0].numel())
-        apart = (groups[:, :, None] - groups[:, None]).square().sum(-1).sqrt().sum((1, 2))
-        columns = {"spread": apart / (self.particles * (self.particles - 1))}
-        if self.uses_reward:
-            assert reward is not None
-            rewards = reward(sampler.model.decode(x0, wide.cond), wide.cond).view(-1, self.particles)
-            slot = rewards.argmax(dim=1)
-            columns |= {"candidate_rewards": rewards, "slot": slot}
-        else:
-            slot = torch.full((len(groups),), self.pick or 0, dtype=torch.int64, device=x0.device)
-        return Samples(reindex(x0, rows_of(slot[:, None], self.particles)), columns)
+        return apart.chosen(wide, reward if self.uses_reward else None, noise, self.particles, self.pick)
 
     def push(self, x0_hat: Tensor, t: Any) -> Tensor:
         """The predictions of rows of K particles, moved apart; (B K, *shape)."""
@@ -105,7 +94,7 @@ class Repulsion:
             raw = leaf if self.features == "identity" else classifier.load(str(leaf.device)).features(leaf.float())
             wide = raw.flatten(1).double()
             unit = wide / wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            outward = residuals(unit.detach().view(-1, self.particles, unit.shape[1])).flatten(0, 1)
+            outward = apart.residuals(unit.detach().view(-1, self.particles, unit.shape[1])).flatten(0, 1)
             (gradient,) = torch.autograd.grad((unit * outward).sum(), leaf)
         size = gradient.flatten(1).double().norm(dim=1)
         length = self.alpha * x0_hat.flatten(1).double().norm(dim=1) / self.particles**0.5
@@ -114,20 +103,6 @@ class Repulsion:
         pushed = x0_hat + time * scale.view(-1, *[1] * (x0_hat.dim() - 1)) * gradient.to(x0_hat.dtype)
         first = torch.arange(len(x0_hat), device=x0_hat.device) % self.particles == 0
         return torch.where(first.view(-1, *[1] * (x0_hat.dim() - 1)), x0_hat, pushed)
-
-
-def residuals(features: Tensor) -> Tensor:
-    """Unit parts of vectors orthogonal to those before them: (B, K, F) -> (B, K, F); zero for the first of each row."""
-    outward, basis = torch.zeros_like(features), torch.zeros_like(features)
-    for k in range(features.shape[1]):
-        rest = features[:, k]
-        for j in range(k):  # one by one, as modified Gram-Schmidt, which loses less to rounding
-            rest = rest - (rest * basis[:, j]).sum(-1, keepdim=True) * basis[:, j]
-        size = rest.norm(dim=-1, keepdim=True)
-        basis[:, k] = torch.where(size > 1e-6, rest / size.clamp_min(1e-12), 0.0)
-        if k:
-            outward[:, k] = basis[:, k]
-    return outward
 
 
 class _Repelled:

@@ -169,10 +169,10 @@ def test_more_blocks_than_the_network_has_are_refused(model: str, has: str) -> N
         Space({"schedule": {"skip": 63}}, recipe(model))
 
 
-def test_a_token_model_has_no_schedule_of_this_kind() -> None:
+def test_a_token_model_has_no_steps_of_this_kind() -> None:
     tokens = Recipe("table", "ancestral", "uniform", "none", "single").completed()  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="model table is masked"):
-        Space({"schedule": {"times": "free"}}, tokens)
+    with pytest.raises(ValueError, match="schedule.order does not exist for tokens: model table is masked"):
+        Space({"schedule": {"times": "free", "order": [1, 2]}}, tokens)
 
 
 # --- baselines -------------------------------------------------------------------------------------------------------

@@ -108,6 +108,28 @@ def test_it_runs_as_a_recipe_and_counts_its_calls():
     assert ((rows["x0"] >= 0) & (rows["x0"] < 3)).all()
 
 
+DIGITS = [
+    {"name": "measurement", "operator": "inpaint", "sigma_y": 0.1},
+    {"name": "neighbour_products", "sigma_y": 0.1},
+]
+
+
+@pytest.mark.parametrize("reward", DIGITS, ids=lambda spec: spec["name"])
+def test_digits_agree_with_what_was_measured_of_them(reward):
+    # Expected levels are decoded to grey values between the 17, so that the likelihood can be differentiated.
+    fields = {"model": {"name": "digits_tokens"}, "reward": reward | {"model": {"name": "digits_tokens"}}}
+    fields |= {"labels": None, "batch_size": 4, "times": {"name": "uniform", "num_steps": 4}}
+    made = recipe(**fields, strategy={"name": "anchored_posterior", "inner_steps": 15})
+    made.check()
+    restored = generate(made, 0, 4)
+    free = generate(recipe(**fields, strategy="single"), 0, 4)["x0"]
+    likelihood = made.parts.reward.at(torch.arange(4))
+    assert (restored["log_likelihood"] > likelihood(torch.from_numpy(free)).numpy() + 100).all()
+    np.testing.assert_allclose(restored["log_likelihood"], likelihood(torch.from_numpy(restored["x0"])), rtol=1e-5)
+    levels = (restored["x0"] + 1) * 8
+    assert np.array_equal(levels, levels.round()), "samples are tokens"
+
+
 REFUSED = [
     ({"solver": "first_hitting"}, "takes the place of ancestral steps on masked tokens"),
     ({"solver": {"name": "ancestral", "filters": [{"name": "top_p"}]}}, "settings of solver ancestral have no effect"),

@@ -60,6 +60,7 @@ UNUSUAL = [
     ("strategy", {"name": "noise_search", "method": "vp", "growth": 2.0, "budget": {"reward_calls": 9}}),
     ("strategy", {"name": "beam", "widths": [4, 2], "branching": [3, 1], "per_parent": 1}),
     ("strategy", {"name": "repulsion", "pick": 2, "features": "classifier"}),
+    ("strategy", {"name": "token_repulsion", "pick": 2, "features": "places"}),
     (
         "reward",
         {"name": "weighted", "rewards": [{"name": "ink"}, {"name": "linear", "slope": 2.0}], "weights": [1.0, -1.0]},

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tasks import registry, run
+from tasks.apart import residuals
 from tasks.noise import RowNoise
 from tasks.recipe import Recipe
 from tasks.reservation import gain, reservation
 from tasks.run import generate
-from tasks.strategies.repulsion import residuals
 
 NORMAL = {"name": "gmm", "means": [[0.0]], "covariances": [[1.0]], "process": "flow"}
 PLANE = {"name": "gmm", "dim": 3, "num_components": 3, "seed": 1, "process": "flow"}

@@ -213,6 +213,9 @@ def test_tokens_are_read_from_images_and_strings_alike():
 # --- pairings --------------------------------------------------------------------------------------------------------
 
 
+JUDGED = {"name": "token_log_prob", "model": {"name": "table"}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -233,6 +236,12 @@ def test_tokens_are_read_from_images_and_strings_alike():
         ({"strategy": "dps"}, "solver ancestral does not give"),
         ({"strategy": "noise_search"}, "model digits_tokens is masked"),
         ({"model": "table", "guidance": "cfg"}, "needs labels, but model table has none"),
+        (
+            {"model": {"name": "table", "vocabulary": 5}, "strategy": "best_of_n", "reward": JUDGED},
+            "knows 4 tokens of 3 values, but the samples of model table are 4 tokens of 5. Set reward token_log_prob's",
+        ),
+        ({"strategy": "best_of_n", "reward": JUDGED}, r"knows 4 tokens, but the samples have 64"),
+        ({"strategy": "repulsion"}, "Use token_repulsion for tokens"),
     ],
 )
 def test_what_does_not_fit_tokens_is_refused_when_planning(changes, message):
@@ -251,6 +260,7 @@ def test_what_does_not_fit_tokens_is_refused_when_planning(changes, message):
         {"name": "best_of_majority", "n": 2, "equivalence": "tokens"},
         {"name": "fk_steering", "particles": 2, "first": 1, "every": 1},
         {"name": "svdd", "children": 2},
+        {"name": "token_repulsion", "particles": 2},
     ],
     ids=lambda s: "-".join(str(v) for v in s.values()),
 )

@@ -22,6 +22,7 @@ from orchestrator.files import is_remote
 from orchestrator.ports import Proposal, SearchContext
 from orchestrator.racing import Race, Racing
 from orchestrator.space import Axis, Space, label, points, same
+from tasks import registry
 from tasks.recipe import digest
 from tasks.registry import unknown
 
@@ -53,6 +54,24 @@ class Baseline:
     is_exact: bool
 
 
+def _refuse_gamed(targets: tuple[str, ...]) -> None:
+    """A value that a degenerate sampler wins, such as perplexity, is no objective without what gives it away.
+
+    Raises:
+        ValueError: names the other value.
+    """
+    gamed: dict[str, str] = {}
+    for name in registry.metrics.names():
+        gamed |= getattr(registry.metrics.get(name), "gamed", {})
+    for target in targets:
+        if target in gamed and gamed[target] not in targets:
+            raise ValueError(
+                f"search objective {target} is won by a sampler that repeats the likeliest samples. Set "
+                f"search.objectives=[{target}, {gamed[target]}], or optimise a distance to the data, such as "
+                "quality/frechet."
+            )
+
+
 class OptunaSearch:
     """One Optuna study, asked and told; several launches may share it.
 
@@ -71,6 +90,7 @@ class OptunaSearch:
         for objective in spec.targets():
             if objective not in context.better:
                 raise unknown("objective", objective, sorted(context.better), "This study's metrics produce")
+        _refuse_gamed(spec.targets())
         if context.storage is None and is_remote(context.root):
             raise ValueError(
                 f"root {context.root} is no folder, so search {spec.name} needs storage=URL, for PostgreSQL."
@@ -106,7 +126,7 @@ class OptunaSearch:
     def baselines(self) -> list[Baseline]:
         """What is tried first."""
         recipe = self._base(self._context)
-        nfes = self._space.schedule.nfes if self._space.schedule else ()
+        nfes = self._space.nfes
         if self._spec.baselines == "stock" and not nfes:
             nfes = (recipe.nfe,)
         return [self._baseline(recipe, name, found) for name, found in listed(self._spec.baselines, recipe, nfes)]
