@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # cpu, cuda, or auto: a CUDA build where an NVIDIA driver answers, the small CPU build elsewhere.
 TORCH ?= auto
 
-.PHONY: run test setup check format test-slow test-gpu chaos browser bench docs constraints clean
+.PHONY: run test setup check format test-slow test-gpu chaos browser test-pages bench docs constraints clean
 
 run: setup
 	$(BIN)/solvus run study=quickstart cluster=ray
@@ -43,6 +43,9 @@ chaos: setup
 
 browser: setup
 	$(BIN)/python -m pytest tests/orchestrator/test_report_browser.py
+
+test-pages: setup
+	$(BIN)/python -m pytest -m slow tests/orchestrator/test_mlflow_pages.py tests/orchestrator/test_telemetry.py
 
 bench: setup
 	$(BIN)/python -m benchmarks.overhead
