@@ -195,7 +195,7 @@ class DiffusersScheduler:
             # The scheduler works in its own coordinates, which for the sigma-space classes are x / alpha.
             sample = state.x * (float(getattr(scheduler, "init_noise_sigma", 1.0)) / process.prior_std(t))
         options = {}
-        if _takes_generator(type(scheduler)):  # type: ignore[arg-type]
+        if _takes_generator(self.cls):
             seeds = noise.integers("scheduler")  # type: ignore[attr-defined]
             options["generator"] = [torch.Generator(sample.device).manual_seed(seed) for seed in seeds]
         x0_hat = state.x0_hat
