@@ -17,11 +17,18 @@ from typing import Any
 Spec = dict[str, Any]
 
 
+LISTED = 480  # characters of names that an error lists
+
+
 def unknown(kind: str, name: object, known: list[str], label: str = "Registered") -> ValueError:
-    """The error for a name that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f", did you mean {near[0]!r}?" if near else "."
-    return ValueError(f"unknown {kind} {name!r}{hint} {label}: {', '.join(known) or 'none'}")
+    """The error for a name that does not exist: the nearest one that does, and all of them or the nearest dozen."""
+    near = difflib.get_close_matches(str(name), known, n=12, cutoff=0.0)
+    is_near = near and difflib.SequenceMatcher(None, near[0], str(name)).ratio() >= 0.5
+    hint = f", did you mean {near[0]!r}?" if is_near else "."
+    listed = ", ".join(known) or "none"
+    if len(listed) > LISTED:
+        listed = f"{', '.join(near)} and {len(known) - len(near)} more"
+    return ValueError(f"unknown {kind} {name!r}{hint} {label}: {listed}")
 
 
 class Registry:
