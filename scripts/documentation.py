@@ -28,7 +28,12 @@ LINK = re.compile(r"\[([^\[\]]+)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: Any) -> Any:
-    """Add the generated pages to the navigation."""
+    """Add the generated pages to the navigation, and written ones that it does not name yet."""
+    named = json.dumps(config.nav)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+    further = [page for page in pages if f'"{page}"' not in named]
+    if further:
+        config.nav.append({"Further pages": further})
     kinds = [
         {kind: [f"reference/{kind}/index.md", *(f"reference/{kind}/{name}.md" for name in registry.names())]}
         for kind, registry in EVERY.items()
