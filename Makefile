@@ -58,6 +58,7 @@ bench: setup
 
 docs: setup
 	$(BIN)/python scripts/methods.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 constraints: setup
 	( echo "# What continuous integration runs with. Regenerate with: make constraints"; \
