@@ -57,8 +57,8 @@ def load_model(recipe: Recipe) -> Model:
 
 
 @lru_cache(maxsize=4)
-def _memory(identity: str, texts: tuple[str, ...]) -> Remembered:
-    return Remembered(reading(registry.rewards.build(json.loads(identity)["spec"]), texts), size=REMEMBERED)
+def _memory(identity: str, spec: str, texts: tuple[str, ...]) -> Remembered:
+    return Remembered(reading(registry.rewards.build(json.loads(spec)), texts), size=REMEMBERED)
 
 
 def remembered(spec: Spec, texts: tuple[str, ...] = ()) -> Any:
@@ -69,7 +69,10 @@ def remembered(spec: Spec, texts: tuple[str, ...] = ()) -> Any:
     reward = reading(registry.rewards.build(spec), texts)
     if getattr(reward, "cheap", False) or hasattr(reward, "at"):
         return reward
-    return _memory(canonical(scorer_identity(spec)), tuple(texts) if hasattr(reward, "reading") else ())
+    # The identity has the hash of weights, which may change where they lie.
+    return _memory(
+        canonical(scorer_identity(spec)), canonical(spec), tuple(texts) if hasattr(reward, "reading") else ()
+    )
 
 
 def blocks(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:

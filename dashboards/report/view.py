@@ -108,7 +108,10 @@ class Row:
     @property
     def gives(self) -> str:
         """What its samples are: draws of a law (with the bias that stays, where there is one), or optima."""
-        strategy = registry.strategies.build(self.recipe["strategy"])
+        spec = self.recipe.get("strategy")
+        if not spec:  # a table of another version
+            return ""
+        strategy = registry.strategies.build(spec)
         if getattr(strategy, "semantics", "sample") == "best":
             return "best"
         bias = getattr(strategy, "bias", "")

@@ -141,7 +141,7 @@ def test_a_degraded_study_exits_with_status_three_and_status_names_the_row(
     from orchestrator.executors.local import LocalExecutor
 
     poisoned = PoisonedExecutor(5)
-    monkeypatch.setattr(LocalExecutor, "start", lambda self: poisoned)
+    monkeypatch.setattr(LocalExecutor, "start", lambda self, *study: poisoned)
     argv = [
         "model=gmm",
         "name=hurt",

@@ -26,6 +26,7 @@ PAGES = [ROOT / name for name in TOP] + sorted((ROOT / "docs").rglob("*.md"))
 
 # What a documentation test cannot run, by what the command begins with or holds, and why.
 OTHER_PROGRAMS = {
+    "python": "a benchmark, which measures for minutes",
     "make": "sets the machine up; continuous integration runs every target",
     "docker": "needs Docker; tests/cluster checks the files",
     "kubectl": "needs Kubernetes; tests/cluster checks the files",

@@ -132,7 +132,7 @@ def test_a_server_that_is_away_costs_a_warning_and_never_a_result(solvus: Solvus
 def test_a_failed_trial_is_a_failed_run_with_its_reason(
     solvus: Solvus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracked: Path
 ) -> None:
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("the device fell off")
 
     monkeypatch.setattr("tasks.run.generate", broken)

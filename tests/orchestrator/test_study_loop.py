@@ -68,10 +68,10 @@ def steps(*counts: int) -> list[dict[str, Any]]:
 def break_generation(monkeypatch: pytest.MonkeyPatch, key: str, start: int) -> None:
     original = tasks_run.generate
 
-    def broken(recipe: Recipe, low: int, high: int, *rest: Any) -> Any:
+    def broken(recipe: Recipe, low: int, high: int, *rest: Any, **more: Any) -> Any:
         if recipe.key == key and low == start:
             raise RuntimeError("the device fell off")
-        return original(recipe, low, high, *rest)
+        return original(recipe, low, high, *rest, **more)
 
     monkeypatch.setattr(tasks_run, "generate", broken)
 

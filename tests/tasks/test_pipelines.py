@@ -302,7 +302,7 @@ def test_latents_decoded_apart_are_the_same_images_bit_for_bit_without_the_netwo
     pieces = [generate(made, low, high, decoded=False) for low, high in ((0, 3), (3, 8))]
     assert pieces[0]["x0"].shape == (3, 4, 8, 8)
     decoder._decoder.cache_clear()
-    monkeypatch.setattr(run, "_load", None)  # neither the network nor the encoders
+    monkeypatch.setattr(run, "load", None)  # neither the network nor the encoders
     images = [run.decode(made, start, piece) for start, piece in zip((0, 3), pieces, strict=True)]
     np.testing.assert_array_equal(np.concatenate([piece["x0"] for piece in images]), whole["x0"])
     for name in ("sample_id", "prompt", "nfe"):

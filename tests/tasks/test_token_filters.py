@@ -8,7 +8,7 @@ import pytest
 import torch
 from token_oracles import TOK, Lookup, distance, kernel, law, noise_of, sampler_of, sampling_error, shares
 
-from tasks import registry, tokens
+from tasks import registry, unmasking
 from tasks.recipe import Recipe
 
 LAWS = torch.distributions.Dirichlet(torch.full((12,), 0.4, dtype=torch.float64))
@@ -23,7 +23,7 @@ def laws():
 
 
 def apply(law, **spec):
-    return tokens.filtered(law, tokens.completed([spec]))
+    return unmasking.filtered(law, unmasking.completed([spec]))
 
 
 def kept(law, **spec):
@@ -156,15 +156,15 @@ def test_certain_places_have_one_trial():
 
 def test_filters_act_in_order():
     law = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    hot = tokens.filtered(law, tokens.completed([{"name": "temperature", "temperature": 5.0}, {"name": "min_p"}]))
+    hot = unmasking.filtered(law, unmasking.completed([{"name": "temperature", "temperature": 5.0}, {"name": "min_p"}]))
     assert (hot > 0).all()
-    both = tokens.completed([{"name": "top_p", "p": 0.7}, {"name": "min_p", "p_min": 0.7}])
-    assert (tokens.filtered(law, both) > 0).tolist() == [True, False, False]
+    both = unmasking.completed([{"name": "top_p", "p": 0.7}, {"name": "min_p", "p_min": 0.7}])
+    assert (unmasking.filtered(law, both) > 0).tolist() == [True, False, False]
 
 
 def test_temperature_after_truncation_is_refused():
     with pytest.raises(ValueError, match="has temperature after top_p: temperature acts before truncation"):
-        tokens.completed([{"name": "top_p"}, {"name": "temperature", "temperature": 0.5}])
+        unmasking.completed([{"name": "top_p"}, {"name": "temperature", "temperature": 0.5}])
 
 
 REFUSED = [
@@ -241,7 +241,7 @@ def test_a_bare_filter_name_and_its_defaults_make_the_same_rows():
 def test_filtered_ancestral_sampling_has_the_filtered_law():
     model, rows = Lookup(), 20_000
     spec = {"name": "ancestral", "filters": HOT}
-    exact = law(model, [kernel(model, 1 / (4 - k), 0.0, tokens.filtered(model.posterior, HOT)) for k in range(4)])
+    exact = law(model, [kernel(model, 1 / (4 - k), 0.0, unmasking.filtered(model.posterior, HOT)) for k in range(4)])
     found = shares(sampler_of(spec, 4, model).run(noise_of(rows)).x)
     assert distance(found, exact) < sampling_error(exact, rows)
     assert distance(exact, TOK.joint) > 0.2, "filters are no samplers"

@@ -62,7 +62,7 @@ def test_an_error_in_a_block_is_the_callers():
 class Far:
     """A reward that says what it took, as one in another process does."""
 
-    def __init__(self, spec):
+    def __init__(self, spec, texts=()):
         self._reward, self.seconds, self.reused = rewards.build(spec), 0.0, 0
 
     def __call__(self, samples, cond):
@@ -112,7 +112,7 @@ def test_metrics_may_have_their_rewards_scored_elsewhere_but_not_their_features(
     samples, labels = np.zeros((5, 1, 8, 8), dtype=np.float32), np.zeros(5, dtype=np.int64)
     asked = []
 
-    def far(spec):
+    def far(spec, texts):
         asked.append(spec["name"])
         return Far(spec)
 
