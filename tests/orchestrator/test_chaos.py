@@ -98,6 +98,11 @@ class PoisonedExecutor:
     def __init__(self, row: int) -> None:
         self.row, self.deaths = row, 0
 
+    def load(self) -> Any:
+        from orchestrator.ports import Load
+
+        return Load()
+
     def submit(self, function: Callable[[Any], Any], task: Any) -> Any:
         from concurrent.futures import Future
 
