@@ -130,7 +130,8 @@ class Remasking:
         if self.confident:
             psi = state.memory if state.memory is not None else torch.zeros(state.x.shape, dtype=torch.float64)
             psi = psi.to(state.x.device)
-            weights = torch.softmax(torch.where(masked, -torch.inf, -psi), dim=1).nan_to_num(0.0)  # no token yet
+            # A row without a token yet has no softmax; its places are all masked, and have no weight.
+            weights = torch.where(masked, 0.0, torch.softmax(torch.where(masked, -torch.inf, -psi), dim=1))
             varsigma = varsigma * weights
             mean = varsigma.sum(1, keepdim=True) / (~masked).sum(1, keepdim=True).clamp(min=1)
         # Written so that without remasking it is (t - s) / t to the last bit.
