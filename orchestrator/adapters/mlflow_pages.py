@@ -107,7 +107,7 @@ def chart_view(goal: tuple[str, str], pictures_at: int | None) -> str:
         chart("BAR", metricKey=name),
     ]
     if pictures_at is not None:
-        charts.append(chart("IMAGE", imageKeys=["samples"], step=pictures_at, showRunParams=True))
+        charts.append(chart("IMAGE", imageKeys=["samples"], step=pictures_at, showRunParams=False))
     section = {"uuid": VIEW, "name": "Which sampler at which cost", "display": True, "isReordered": False,
                "deleted": False, "isGenerated": False}  # fmt: skip
     state = {
@@ -120,6 +120,7 @@ def chart_view(goal: tuple[str, str], pictures_at: int | None) -> str:
             "metrics.`cost/seconds`",
         ],
         "compareRunSections": [section],
+        "isAccordionReordered": True,  # or else MLflow sorts sections by name and puts its own "cost" above this one
         "compareRunCharts": charts,
     }  # fmt: skip
     return json.dumps(state)
