@@ -219,6 +219,12 @@ class Recipe:
                 f"strategy {self.strategy['name']} copies particles, but {solver} is deterministic: copies would stay "
                 "identical. Use a stochastic solver, for example solver=ddim solver.eta=1."
             )
+        if p.strategy.branches and getattr(p.solver, "window", None) is not None:
+            raise ValueError(
+                f"strategy {self.strategy['name']} copies particles, and copies stay identical in the steps of {solver} "
+                f"outside solver.window={list(p.solver.window)}: it needs every step to be stochastic. Set "
+                "solver.window=null."
+            )
         if hasattr(p.strategy, "check_recipe"):
             p.strategy.check_recipe(self)
         adaptive = self.solver["name"] if getattr(p.solver, "adaptive", False) else ""

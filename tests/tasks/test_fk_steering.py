@@ -75,6 +75,12 @@ def test_scaled_potentials_reach_the_tilted_law_with_64_particles(potential, sca
     assert abs(log_z - LOG_Z) < 5 * error < 0.05
 
 
+@pytest.mark.parametrize(("potential", "figure"), [("max", 1.271), ("immediate", 1.361), ("sum", 1.449)])
+def test_potentials_at_full_strength_are_as_far_off_at_1024_particles_as_measured(potential, figure):
+    mean, _, error = moments(steer(60, 1024, potential=potential), 1024)
+    assert abs(mean.mean() - figure) < 0.03 + 4 * error < 0.2
+
+
 @pytest.mark.parametrize("potential", ["difference", "max", "sum", "immediate"])
 def test_paths_without_resampling_weigh_their_end_alone(potential):
     result = steer(20, 32, potential=potential, trigger="never")
@@ -177,6 +183,10 @@ def test_rows_cost_what_the_account_says_and_do_not_depend_on_the_split(solver, 
 def test_deterministic_solvers_and_impossible_fields_are_refused():
     with pytest.raises(ValueError, match="strategy fk_steering copies particles, but ddim is deterministic"):
         recipe(solver="ddim")
+    windowed = {"name": "unified", "preset": "dpmpp_2m_sde", "window": [0, 2]}
+    with pytest.raises(ValueError, match=r"copies stay identical .* outside solver.window=\[0, 2\].*window=null"):
+        recipe(solver=windowed)
+    recipe(solver=windowed, strategy={"name": "fk_steering", "particles": 1})
     with pytest.raises(ValueError, match="predictions=2, but a Gaussian process predicts one point"):
         recipe(strategy={"name": "fk_steering", "predictions": 2})
     for fields, message in (
