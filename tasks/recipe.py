@@ -221,8 +221,8 @@ class Recipe:
             )
         if p.strategy.branches and getattr(p.solver, "window", None) is not None:
             raise ValueError(
-                f"strategy {self.strategy['name']} copies particles, and copies stay identical in the steps of {solver} "
-                f"outside solver.window={list(p.solver.window)}: it needs every step to be stochastic. Set "
+                f"strategy {self.strategy['name']} copies particles, and copies stay identical in the steps of "
+                f"{solver} outside solver.window={list(p.solver.window)}: it needs every step to be stochastic. Set "
                 "solver.window=null."
             )
         if hasattr(p.strategy, "check_recipe"):

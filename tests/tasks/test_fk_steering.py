@@ -10,7 +10,7 @@ from oracles import GM1D, Denoiser, ExactKernel, log_mean, uniform, weighted_mom
 
 from tasks import smc
 from tasks.noise import RowNoise
-from tasks.processes import VP
+from tasks.processes import VP, Flow
 from tasks.recipe import Recipe
 from tasks.registry import models, rewards, solvers, strategies
 from tasks.run import generate
@@ -20,10 +20,10 @@ MEAN, VARIANCE, LOG_Z = GM1D.tilted()
 FIELDS = {"name": "fk_steering", "strength": 2.0, "every": 4, "first": 4, "lag": False, "output": "all"}
 
 
-def steer(rows, count, steps=20, **fields):
+def steer(rows, count, steps=20, process=VP, **fields):
     """Every particle of FK steering on the exact kernel: group means and variances, log Z, samples."""
     strategy = strategies.build(FIELDS | {"particles": count} | fields)
-    sampler = Sampler(Denoiser(GM1D, VP()), ExactKernel(GM1D), uniform(steps))
+    sampler = Sampler(Denoiser(GM1D, process()), ExactKernel(GM1D), uniform(steps))
     noise = RowNoise(3, torch.arange(rows), dtype=torch.float64)
     return strategy(sampler, rewards.build(GM1D.reward()), noise)
 
@@ -47,7 +47,8 @@ def test_difference_potentials_reach_the_tilted_law(lag):
 
 @pytest.mark.parametrize("potential", ["difference", "max"])
 def test_weights_that_are_not_spent_are_carried(potential):
-    result = steer(100, 256, potential=potential, trigger="ess")
+    # On a flow, where dropping them shows for both: difference .91 in the variance, max -.14 in the mean.
+    result = steer(100, 256, process=Flow, potential=potential, trigger="ess")
     mean, variance, error = moments(result, 256)
     assert abs(mean.mean() - MEAN) < 0.06 + 4 * error
     assert abs(variance.mean() - VARIANCE) < 0.05

@@ -89,7 +89,10 @@ def test_guidance_reaches_the_density_that_it_names_and_without_weights_does_not
     assert plain["mean"] - exact[0] > 0.1 > 5 * plain["error"]
 
 
-def test_guidance_of_two_mixtures_has_the_published_moments_and_without_weights_the_published_error():
+@pytest.mark.parametrize(
+    ("rows", "count", "steps"), [(6, 1000, 200), pytest.param(3, 4000, 400, marks=pytest.mark.slow)]
+)
+def test_guidance_of_two_mixtures_has_the_published_moments_and_without_weights_the_published_error(rows, count, steps):
     class Both(Denoiser):
         """GM-1D without a label, the other law with one."""
 
@@ -100,8 +103,8 @@ def test_guidance_of_two_mixtures_has_the_published_moments_and_without_weights_
 
     exact = quadrature(2 * log_density(OTHER) - log_density(GM1D))
     assert exact[:2] == pytest.approx((-0.2231, 0.7710), abs=1e-3)
-    fields = {"model": Both(GM1D, PROCESS[VP]), "rows": 3, "count": 4000, "scale": 2.0}
-    found = run(VP, steps=400, **fields)
+    fields = {"model": Both(GM1D, PROCESS[VP]), "rows": rows, "count": count, "scale": 2.0}
+    found = run(VP, steps=steps, **fields)
     assert abs(found["mean"] - exact[0]) < 0.03 + 2 * found["error"] and found["error"] < 0.02
     assert abs(found["variance"] - exact[1]) < 0.05
     naive = run(VP, steps=100, window=[0.0, 1e-9], **fields)

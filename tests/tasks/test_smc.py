@@ -289,7 +289,7 @@ def test_the_flow_sde_keeps_the_marginals_in_the_limit_of_many_steps(spec):
     assert abs(x.mean() + 0.35) < 5 * 1.85 / math.sqrt(rows)
     assert abs(x.var() - 3.41) < 0.05 + 3 * 0.022  # 0.022 is the standard error of a variance of 20,000 draws
     few = Sampler(model(), solvers.build(spec), uniform(10)).run(Fast(rows)).x[:, 0].var()
-    # Published, but for grpo: 3.109, by an independent simulation of its formula 3.093 (the note's 3.839 has no recipe).
+    # Published, but for grpo: an independent simulation of its formula gives 3.093; the note's 3.839 has no recipe.
     wanted = {"quadratic": 3.199, "constant": 2.814, "grpo": 3.1}[spec["diffusion"]]
     assert abs(few - wanted) < 0.1
 
