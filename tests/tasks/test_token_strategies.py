@@ -233,6 +233,17 @@ def test_one_string_is_single_draw_for_draw(strategy, solver):
     assert (rows["nfe"] == single["nfe"]).all()
 
 
+@pytest.mark.parametrize("name", ["fk_steering", "svdd", "beam"])
+def test_copies_of_greedy_strings_are_refused(name):
+    greedy = {"name": "confidence", "filters": [{"name": "temperature", "temperature": 0}]}
+    with pytest.raises(
+        ValueError, match=f"{name} copies .* confidence is deterministic: .* for example solver=ancestral"
+    ):
+        recipe(solver=greedy, strategy=name)
+    recipe(solver=greedy | {"gumbel": 1.0}, strategy=name)
+    recipe(solver=greedy)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
