@@ -215,10 +215,10 @@ class Recipe:
                 )
         self._check_strategy()
         if p.strategy.branches and not p.solver.stochastic:
-            fitting = "solver=ancestral" if p.model.noising.kind == "masked" else "solver=ddim solver.eta=1"
+            instead = "solver=ancestral" if p.model.noising.kind == "masked" else "solver=ddim solver.eta=1"
             raise ValueError(
                 f"strategy {self.strategy['name']} copies particles, but {solver} is deterministic: copies would stay "
-                f"identical. Use a stochastic solver, for example {fitting}."
+                f"identical. Use a stochastic solver, for example {instead}."
             )
         if p.strategy.branches and getattr(p.solver, "window", None) is not None:
             raise ValueError(

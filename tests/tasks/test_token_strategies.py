@@ -242,6 +242,8 @@ def test_copies_of_greedy_strings_are_refused(name):
         recipe(solver=greedy, strategy=name)
     recipe(solver=greedy | {"gumbel": 1.0}, strategy=name)
     recipe(solver=greedy)
+    with pytest.raises(ValueError, match="shared_noise is found along an ODE, but model table has tokens"):
+        recipe(solver=greedy, initial="shared_noise")
 
 
 @pytest.mark.parametrize(
