@@ -56,7 +56,7 @@ class SharedNoise:
         return {k: getattr(self, k) for k in ("num_candidates", "num_references", "first_references")}
 
     def check_recipe(self, recipe: Any) -> None:
-        """Refuse tokens, and a stochastic solver: there the starting noise decides little, and the search would fit the rest.
+        """Refuse tokens, and a stochastic solver: there the search would fit the noise of the steps.
 
         Raises:
             ValueError: says which solvers fit.
