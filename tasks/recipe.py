@@ -215,9 +215,16 @@ class Recipe:
                 )
         self._check_strategy()
         if p.strategy.branches and not p.solver.stochastic:
+            instead = "solver=ancestral" if p.model.noising.kind == "masked" else "solver=ddim solver.eta=1"
             raise ValueError(
                 f"strategy {self.strategy['name']} copies particles, but {solver} is deterministic: copies would stay "
-                "identical. Use a stochastic solver, for example solver=ddim solver.eta=1."
+                f"identical. Use a stochastic solver, for example {instead}."
+            )
+        if p.strategy.branches and getattr(p.solver, "window", None) is not None:
+            raise ValueError(
+                f"strategy {self.strategy['name']} copies particles, and copies stay identical in the steps of "
+                f"{solver} outside solver.window={list(p.solver.window)}: it needs every step to be stochastic. Set "
+                "solver.window=null."
             )
         if hasattr(p.strategy, "check_recipe"):
             p.strategy.check_recipe(self)

@@ -56,7 +56,7 @@ class SharedNoise:
         return {k: getattr(self, k) for k in ("num_candidates", "num_references", "first_references")}
 
     def check_recipe(self, recipe: Any) -> None:
-        """Refuse a stochastic solver: there the starting noise decides little, and the search would fit the rest.
+        """Refuse tokens, and a stochastic solver: there the search would fit the noise of the steps.
 
         Raises:
             ValueError: says which solvers fit.
@@ -65,6 +65,10 @@ class SharedNoise:
             raise ValueError(
                 f"initial shared_noise is found along an ODE, but solver {recipe.solver['name']} draws noise. "
                 "Choose a deterministic solver."
+            )
+        if recipe.parts.model.noising.kind == "masked":
+            raise ValueError(
+                f"initial shared_noise is found along an ODE, but model {recipe.model['name']} has tokens."
             )
 
     def calibrate(self, bench: Any) -> dict[str, np.ndarray]:

@@ -47,7 +47,8 @@ class Confidence:
     Reference: Chang et al. 2022, "MaskGIT: Masked Generative Image Transformer", section 3.2; Nie et al. 2025, "Large
         Language Diffusion Models", appendix (low-confidence remasking, linear); Kim et al. 2025, "Train for the Worst,
         Plan for the Best" (margin).
-    Cost and order: one evaluation a step; biased with sampled, else first order; stochastic.
+    Cost and order: one evaluation a step; biased with sampled, else first order; stochastic, unless
+        a temperature of 0 meets gumbel=0.
     """
 
     confidence: str = "sampled"
@@ -58,7 +59,6 @@ class Confidence:
 
     process = "masked"
     order = 1
-    stochastic = True
     asks_once = True
 
     def __post_init__(self) -> None:
@@ -69,6 +69,11 @@ class Confidence:
         if not self.gumbel >= 0:
             raise ValueError(f"solver.gumbel must be at least 0, got {self.gumbel}. It scales noise on the confidence.")
         object.__setattr__(self, "filters", unmasking.completed(self.filters))
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw anything: at a temperature of 0 only the noise on the confidence is left."""
+        return self.gumbel > 0 or not any(f.get("temperature") == 0 for f in self.filters)
 
     def nfe(self, num_steps: int) -> int:
         """One evaluation a step."""

@@ -22,6 +22,13 @@ def test_pass_at_k_is_unbiased_where_the_plug_in_is_not(p, n, k):
         assert exact - (1 - (1 - correct / n) ** k).mean() > 5 * error  # Jensen
 
 
+def test_pass_at_k_and_the_plug_in_have_the_published_means():
+    correct = np.random.default_rng(7).binomial(50, 0.03, 20 * STUDIES)
+    found = pass_at_k(correct, 50, 10)
+    assert abs(found.mean() - 0.26258) < 5 * found.std() / math.sqrt(len(found)) < 0.003
+    assert abs((1 - (1 - correct / 50) ** 10).mean() - 0.242) < 0.003
+
+
 def test_pass_at_k_counts_subsets():
     for c in range(6):
         right = [any(i < c for i in chosen) for chosen in itertools.combinations(range(5), 3)]

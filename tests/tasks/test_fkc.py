@@ -27,14 +27,15 @@ from tasks.run import generate
 from tasks.sampler import CountedModel, Sampler
 
 PROCESS = {VP: processes.VP(), FLOW: processes.Flow()}
-OTHER = Mixture((0.6, 0.4), (-1.0, 2.0), (1.5, 0.8), c=1.5, q=1.0, lam=2.0)
+OTHER = Mixture((0.6, 0.4), (-1.0, 1.5), (0.5, 0.4), c=1.5, q=1.0, lam=2.0)
 PAIR = Mixture((0.5, 0.5), (-1.0, 1.0), (1.0, 0.6), c=1.5, q=1.0, lam=2.0)
 
 
-def run(process, rows=12, count=1000, steps=200, law=GM1D, reward=None, labels=False, **fields):
+def run(process, rows=12, count=1000, steps=200, law=GM1D, reward=None, labels=False, model=None, **fields):
     """Mean over runs of the weighted mean and variance, the mean's error, log Z and its error."""
     strategy = strategies.build({"name": "fkc", "particles": count, "output": "all"} | fields)
-    model, cond = Denoiser(law, PROCESS[process]), None
+    cond = None if model is None else torch.zeros(rows, dtype=torch.int64)
+    model = model or Denoiser(law, PROCESS[process])
     if labels:
         model, cond = (
             models.build(law.spec(process) | {"labels": True}).load("cpu"),
@@ -70,8 +71,9 @@ def test_annealing_reaches_the_power_of_the_density(process, exponent):
 @pytest.mark.parametrize("process", [VP, FLOW])
 def test_a_product_of_two_models_reaches_the_product_of_their_densities(process):
     exact = quadrature(log_density(GM1D) + log_density(OTHER))
+    assert exact[:2] == pytest.approx((-0.4604, 2.1676), abs=1e-3)
     fields = {"models": [OTHER.spec(process)]}
-    found = run(process, rows=24, **fields)
+    found = run(process, rows=16, **fields)
     assert_close(found, exact, variance=0.09)
     naive = run(process, window=[0.0, 1e-9], **fields)
     assert abs(naive["variance"] / exact[1] - 1) > 0.15
@@ -85,6 +87,28 @@ def test_guidance_reaches_the_density_that_it_names_and_without_weights_does_not
     assert_close(run(process, law=PAIR, labels=True, scale=2.0), exact, variance=0.1)
     plain = run(process, law=PAIR, labels=True, scale=2.0, window=[0.0, 1e-9])
     assert plain["mean"] - exact[0] > 0.1 > 5 * plain["error"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "steps"), [(6, 1000, 200), pytest.param(3, 4000, 400, marks=pytest.mark.slow)]
+)
+def test_guidance_of_two_mixtures_has_the_published_moments_and_without_weights_the_published_error(rows, count, steps):
+    class Both(Denoiser):
+        """GM-1D without a label, the other law with one."""
+
+        num_classes = 1
+
+        def denoise(self, x, t, cond=None):
+            return super().denoise(x, t) if (cond == 1).all() else Denoiser(OTHER, self.process).denoise(x, t)
+
+    exact = quadrature(2 * log_density(OTHER) - log_density(GM1D))
+    assert exact[:2] == pytest.approx((-0.2231, 0.7710), abs=1e-3)
+    fields = {"model": Both(GM1D, PROCESS[VP]), "rows": rows, "count": count, "scale": 2.0}
+    found = run(VP, steps=steps, **fields)
+    assert abs(found["mean"] - exact[0]) < 0.03 + 2 * found["error"] and found["error"] < 0.02
+    assert abs(found["variance"] - exact[1]) < 0.05
+    naive = run(VP, steps=100, window=[0.0, 1e-9], **fields)
+    assert abs(naive["mean"] - 0.21) < 0.06 and abs(naive["variance"] - 1.25) < 0.1
 
 
 @pytest.mark.parametrize("process", [VP, FLOW])

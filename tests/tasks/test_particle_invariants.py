@@ -1,12 +1,13 @@
 """What every strategy with weighted particles keeps to, whatever it weighs by."""
 
+import dataclasses
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from tasks import room
+from tasks import registry, room
 from tasks.noise import RowNoise
 from tasks.recipe import Recipe
 from tasks.run import generate
@@ -19,6 +20,7 @@ MIXTURE = {
     "covariances": [[[0.25]], [[0.09]], [[0.36]]],
 }  # fmt: skip
 QUADRATIC = {"name": "quadratic"}
+WORDS, TWELVE = {"name": "table", "seed": 5, "concentration": 0.25}, {"name": "uniform", "num_steps": 12}
 MEASURED = {"name": "measurement", "operator": "all", "sigma_y": 0.7, "model": MIXTURE, "y": [1.2]}
 CASES = [
     *({"name": "fk_steering", "particles": K, "strength": 2.0, "first": 1, "every": 1, "potential": p,
@@ -35,30 +37,35 @@ EVERY = pytest.mark.parametrize("strategy", CASES, ids=lambda s: "-".join(str(v)
 
 
 def recipe(strategy, **fields):
-    reward = MEASURED if strategy["name"] == "afdps" else QUADRATIC
-    if strategy == CASES[-2]:
-        reward = None
-    made = Recipe(
-        MIXTURE, {"name": "ddim", "eta": 1.0}, {"name": "uniform", "num_steps": 6}, "none", strategy, reward,
-        **{"dtype": "float64", "batch_size": K * ROWS} | fields,
-    ).completed()  # fmt: skip
+    reward = MEASURED if strategy["name"] == "afdps" else None if "exponents" in strategy else QUADRATIC
+    base = {
+        "model": MIXTURE, "solver": {"name": "ddim", "eta": 1.0}, "times": {"name": "uniform", "num_steps": 6},
+        "guidance": "none", "strategy": strategy, "reward": reward, "dtype": "float64", "batch_size": K * ROWS,
+    }  # fmt: skip
+    made = Recipe(**base | fields).completed()
     made.check()
     return made
 
 
-def particles_of(strategy, monkeypatch, move):
-    """Sorted log-weights and log Z, with equal step noise for all particles of a group and a resampling of our own."""
-    plain = RowNoise.normal
+def particles_of(made, monkeypatch, move):
+    """Sorted log-weights and log Z, with equal noise for all particles of a group once they differ (after the prior, or
+    after the first step of tokens, which all begin alike) and a resampling of our own."""
+    tokens = made.parts.model.noising.kind == "masked"
 
-    def same(self, shape, purpose):
-        drawn = plain(self, shape, purpose)
-        if purpose == "prior" or self.num_rows != K * ROWS:
-            return drawn
-        return drawn.view(ROWS, K, *shape)[:, :1].expand(ROWS, K, *shape).reshape(-1, *shape)
+    def shared(draw):
+        def same(self, shape, purpose):
+            drawn = draw(self, shape, purpose)
+            if purpose == "prior" or self.num_rows != K * ROWS or (tokens and self.step == 0):
+                return drawn
+            return drawn.view(ROWS, K, *shape)[:, :1].expand(ROWS, K, *shape).reshape(-1, *shape)
 
-    monkeypatch.setattr(RowNoise, "normal", same)
-    monkeypatch.setattr(ParticleState, "resample", move)
-    rows = generate(recipe(strategy), 0, ROWS)
+        return same
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowNoise, "normal", shared(RowNoise.normal))
+        patch.setattr(RowNoise, "uniform", shared(RowNoise.uniform))
+        patch.setattr(ParticleState, "resample", move)
+        rows = generate(made, 0, ROWS)
     return np.sort(rows["log_weights"], axis=1), rows["log_z"]
 
 
@@ -66,10 +73,27 @@ def particles_of(strategy, monkeypatch, move):
 def test_everything_that_belongs_to_a_particle_follows_it(strategy, monkeypatch):
     """Particles that trade places, all that is theirs with them, weigh the same in the end: a tensor that stayed behind
     (a prediction, a running reward, a twist, a gradient, a reward that was already paid for) would show."""
+    assert_follows(recipe(strategy), monkeypatch)
+
+
+STEER = {"name": "fk_steering", "particles": K, "strength": 2.0, "first": 1, "every": 1}
+MEMORIES = [
+    {"solver": {"name": "unified", "preset": "dpmpp_2m_sde"}},  # the predictions of earlier steps
+    {"model": WORDS, "solver": {"name": "remasking", "confident": True, "eta": 0.5}, "times": TWELVE},  # confidences
+]
+
+
+@pytest.mark.parametrize("fields", MEMORIES, ids=str)
+def test_what_a_solver_remembers_of_a_particle_follows_it(fields, monkeypatch):
+    reward = {"name": "linear"} if "model" in fields else QUADRATIC
+    assert_follows(recipe(STEER, reward=reward, **fields), monkeypatch)
+
+
+def assert_follows(made, monkeypatch):
     turned = torch.cat([r * K + torch.roll(torch.arange(K), 2) for r in range(ROWS)])
-    still = particles_of(strategy, monkeypatch, lambda self, how, noise: self)
-    moved = particles_of(strategy, monkeypatch, lambda self, how, noise: self.reindex(turned))
-    assert np.ptp(still[0], axis=1).min() > 1e-3
+    still = particles_of(made, monkeypatch, lambda self, how, noise: self)
+    moved = particles_of(made, monkeypatch, lambda self, how, noise: self.reindex(turned))
+    assert np.ptp(still[0], axis=1).max() > 1e-3
     for a, b in zip(still, moved, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
@@ -82,10 +106,29 @@ def test_the_weights_of_a_group_that_is_not_resampled_are_carried_to_its_log_z(s
         gain = torch.logsumexp(self.grouped, 1) - np.log(K)
         return replace(self, log_w=(self.grouped - gain[:, None]).flatten(), log_z=self.log_z + gain)
 
-    carried = particles_of(strategy, monkeypatch, lambda self, how, noise: self)
-    settled = particles_of(strategy, monkeypatch, settle)
+    carried = particles_of(recipe(strategy), monkeypatch, lambda self, how, noise: self)
+    settled = particles_of(recipe(strategy), monkeypatch, settle)
     for a, b in zip(carried, settled, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+# Weights that vary so little that 4,000 rows tell. A temper that particles choose is only consistent: it is left out.
+MILD = {"das": {"strength": 2.0}, "minority": {"strength": 0.3}, "fkc": {}, "afdps": {}, "fk_steering": {}}
+FIXED = [s | MILD[s["name"]] for s in CASES if s.get("tempering") != "adaptive" and "exponents" not in s]
+FIXED.append({"name": "fkc", "exponents": [1.2]})
+
+
+@pytest.mark.parametrize("strategy", FIXED, ids=lambda s: "-".join(str(v) for v in s.values()))
+def test_two_particles_estimate_the_same_z_whether_they_are_resampled_or_not(strategy):
+    """Z is unbiased for any K. Without resampling it is a mean of weights, unbiased whatever the steps leave."""
+    rows, few, z = 4000, strategy | {"n" if "n" in strategy else "particles": 2}, {}
+    for how in ("never", "ess"):
+        threshold = {"threshold": 0.9 if how == "ess" else 0.0} if "n" in few else {"trigger": how, "threshold": 0.9}
+        found = generate(recipe(few | threshold, batch_size=2 * rows), 0, rows)
+        z[how] = np.exp(found["log_z"])
+        assert (found["unique_ancestors"] < 2).any() == (how == "ess")
+    error = np.hypot(*(v.std() / np.sqrt(rows) for v in z.values()))
+    assert abs(z["ess"].mean() - z["never"].mean()) < 4 * error < 0.25 * z["never"].mean()
 
 
 @EVERY
@@ -94,6 +137,33 @@ def test_rows_weights_and_costs_are_the_same_however_the_range_is_cut(strategy):
     whole, pieces = generate(made, 1, 8), [generate(made, a, b) for a, b in ((1, 2), (2, 5), (5, 8))]
     for name in whole.keys() - {"seconds"}:
         np.testing.assert_array_equal(np.concatenate([p[name] for p in pieces]), whole[name], err_msg=name)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+COUNTS = {"n", "particles", "children", "width", "chains", "max_n", "max_nfe", "candidates", "rollouts", "predictions"}
+FREE = {("path_search", "children")}  # none: best of n
+
+
+def fields_of(name, kind):
+    return {f.name for f in dataclasses.fields(registry.strategies.get(name)) if isinstance(f.default, kind)}
+
+
+@pytest.mark.parametrize("name", [n for n in registry.strategies.names() if COUNTS & fields_of(n, int)])
+def test_less_than_one_of_anything_is_refused(name):
+    for field in COUNTS & fields_of(name, int):
+        if (name, field) not in FREE:
+            with pytest.raises(ValueError, match="at least 1|>= 1|must be positive|<= max_n|at least 2"):
+                registry.strategies.build({"name": name, field: 0})
+        with pytest.raises(ValueError, match="-1"):
+            registry.strategies.build({"name": name, field: -1})
+
+
+@pytest.mark.parametrize("name", [n for n in registry.strategies.names() if "strength" in fields_of(n, float)])
+def test_a_temperature_that_is_not_positive_is_refused(name):
+    for strength in (0.0, -1.0):
+        with pytest.raises(ValueError, match=f"strategy.strength.*must be (positive|above 0).*{strength}"):
+            registry.strategies.build({"name": name, "strength": strength})
 
 
 # --- room ------------------------------------------------------------------------------------------------------------

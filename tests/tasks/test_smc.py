@@ -149,10 +149,11 @@ def counts(scheme, rows=40000, weights=WEIGHTS):
 
 @pytest.mark.parametrize("scheme", smc.SCHEMES)
 def test_every_scheme_expects_k_w_copies(scheme):
-    found = counts(scheme)
+    found = counts(scheme, 160000 if scheme in ("systematic", "ssp") else 40000)
     assert torch.equal(found.sum(1), torch.full((len(found),), 7.0, dtype=torch.float64))
     error = found.std(0) / math.sqrt(len(found))
     assert ((found.mean(0) - 7 * WEIGHTS).abs() < 5 * error + 1e-9).all()
+    assert scheme not in ("systematic", "ssp") or ((found.mean(0) - 7 * WEIGHTS).abs() < 0.005).all()
 
 
 @pytest.mark.parametrize("scheme", ["systematic", "ssp"])
@@ -284,13 +285,14 @@ def test_a_primed_model_answers_only_where_it_was_asked():
     ids=lambda s: s["diffusion"],
 )
 def test_the_flow_sde_keeps_the_marginals_in_the_limit_of_many_steps(spec):
-    rows = 40000
+    rows = 20000
     x = Sampler(model(), solvers.build(spec), uniform(500)).run(Fast(rows)).x[:, 0]
     assert abs(x.mean() + 0.35) < 5 * 1.85 / math.sqrt(rows)
-    assert abs(x.var() - 3.41) < 0.05 + 3 * 0.015  # 0.015 is the standard error of a variance of 40,000 draws
+    assert abs(x.var() - 3.41) < 0.05 + 3 * 0.022  # 0.022 is the standard error of a variance of 20,000 draws
     few = Sampler(model(), solvers.build(spec), uniform(10)).run(Fast(rows)).x[:, 0].var()
-    wanted = {"quadratic": 3.199, "constant": 2.814}.get(spec["diffusion"])
-    assert wanted is None or abs(few - wanted) < 0.1
+    # Published, but for grpo: an independent simulation of its formula gives 3.093; the note's 3.839 has no recipe.
+    wanted = {"quadratic": 3.199, "constant": 2.814, "grpo": 3.1}[spec["diffusion"]]
+    assert abs(few - wanted) < 0.1
 
 
 class Fast:

@@ -42,6 +42,12 @@ def test_the_exact_value_leaves_a_bias_of_one_over_the_children(children, mean, 
     assert abs(spread - variance) < 0.02 + 6 * variance * math.sqrt(2 / 6000)
 
 
+def test_a_last_step_without_a_choice_leaves_the_known_width():
+    found, error, spread = chains(3000, exact=True, select_last=False)
+    assert abs(found - 1.214) < 0.01 + 4 * error
+    assert abs(spread - 0.720) < 0.02 + 6 * 0.72 * math.sqrt(2 / 3000)
+
+
 def test_a_hundred_children_come_closer_than_five():
     far, near = chains(3000, exact=True, children=5), chains(3000, exact=True, children=100)
     assert abs(near[0] - MEAN) < 0.015 + 4 * near[1] < abs(far[0] - MEAN)

@@ -178,6 +178,21 @@ def test_float32_gumbel_noise_ends_at_the_logarithm_of_two_to_the_24():
         assert (logits - torch.log(-torch.log(uniforms))).argmax() == 1, "the exact draw takes the rare token"
 
 
+@pytest.mark.parametrize(("steps", "figure"), [(1000, 0.158), (4096, 0.0)])
+def test_float32_gumbel_hardly_reveals_a_large_vocabulary_in_many_steps(steps, figure):
+    # One of 50,257 equally likely tokens against a mask of probability 1 - 1/T. It wins at its largest uniforms only,
+    # so these are gone through one by one, against the mask's on a grid of quantiles.
+    share = 1 / steps / 50_257
+    logits = torch.log(torch.tensor([1 - 1 / steps, share], dtype=torch.float64))
+    top, quantiles = 64, (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    ours = (1 - (torch.arange(top, dtype=torch.float64) + 0.5) * 2.0**-24).view(-1, 1, 1).expand(-1, 20_000, 1)
+    uniforms = torch.cat([quantiles.view(1, -1, 1).expand(top, -1, 1), ours], dim=-1)
+    wins = float(unmasking.float32_gumbel(logits, uniforms).double().mean(1).sum()) * 2.0**-24
+    assert abs(wins / share - figure) < 0.003
+    in_doubles = (logits - torch.log(-torch.log(uniforms))).argmax(-1).double().mean(1)
+    assert float(in_doubles.sum()) * 2.0**-24 / share > figure + 0.02  # of the same uniforms, in full precision
+
+
 def test_masks_are_revealed_at_a_tiny_rate_and_draws_keep_the_tail():
     rows = 100_000
     sampler = sampler_of("ancestral", (1.0, 0.999, 0.0), MODEL)
@@ -186,6 +201,16 @@ def test_masks_are_revealed_at_a_tiny_rate_and_draws_keep_the_tail():
     drawn = unmasking.draw(ZIPF.expand(4000, 1, -1), noise_of(4000), "token")
     for share, found in ((ZIPF[0], (drawn == 0)), (ZIPF[500:].sum(), (drawn >= 500))):
         assert abs(float(found.double().mean()) - share) < 4 * math.sqrt(share * (1 - share) / 4000)
+
+
+def test_which_masks_are_revealed_does_not_depend_on_the_vocabulary():
+    # So the rate is right where the mask would win or lose a float32 draw against 50,000 rare tokens, too.
+    x = torch.full((100, 4), 5000)
+    few, many = (
+        unmasking.reveal(x, torch.full((1, 1, v), 1 / v).expand(100, 4, v), 0.01, (), 5000, noise_of(100)) != 5000
+        for v in (2, 5000)
+    )
+    assert torch.equal(few, many) and 0 < few.sum() < 20
 
 
 @pytest.mark.parametrize("solver", ["first_hitting", "ancestral"])
@@ -374,6 +399,13 @@ def test_one_step_of_importance_sampling_is_as_near_as_measured(k, figure, rows)
 def test_sixty_four_candidates_nearly_close_the_gap_of_one_step():
     rows = 20_000
     assert distance(shares(run({"name": "edlm", "k": 64} | EVERYWHERE, 1, rows)), TOK.joint) < 0.03
+
+
+@pytest.mark.slow
+def test_four_steps_of_sixteen_candidates_are_as_near_as_measured():
+    rows = 60_000
+    found = distance(shares(run({"name": "edlm", "k": 16} | EVERYWHERE, 4, rows)), TOK.joint)
+    assert abs(found - 0.026) < 0.01
 
 
 def test_the_wrong_sign_of_the_energy_drives_samples_away(monkeypatch):
