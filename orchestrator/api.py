@@ -96,7 +96,7 @@ class OpenStudy:
 
     @cached_property
     def _trials(self) -> pa.Table:
-        return pq.read_table(io.BytesIO(self.results.files.read("trials.parquet")))
+        return pq.ParquetFile(io.BytesIO(self.results.files.read("trials.parquet"))).read(use_threads=False)
 
     def best(self) -> dict[str, Any]:
         """The winner of its last search.
@@ -180,7 +180,9 @@ class OpenStudy:
         for record in self.store.committed(kind, key):
             low, high = max(record.start, position), min(record.stop, stop)
             if low < high:
-                whole = pq.read_table(self._source(kind, key, record.file), columns=list(dict.fromkeys(columns)))
+                whole = pq.ParquetFile(self._source(kind, key, record.file)).read(
+                    list(dict.fromkeys(columns)), use_threads=False
+                )
                 parts.append(whole.slice(low - record.start, high - low))
                 position = high
         if not parts:

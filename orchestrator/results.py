@@ -93,7 +93,8 @@ class Results:
         import pyarrow.parquet as pq
 
         try:
-            return pq.read_table(io.BytesIO(self.files.read("trials.parquet"))).to_pylist()
+            data = self.files.read("trials.parquet")
+            return pq.ParquetFile(io.BytesIO(data)).read(use_threads=False).to_pylist()  # as the store reads
         except FileNotFoundError:
             return []
 

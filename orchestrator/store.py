@@ -212,8 +212,10 @@ class Store:
         try:
             data = self.files.read(f"{folder}/{record.file}")
             if hashlib.sha256(data).hexdigest() == record.sha256:
-                # Leaves out columns that the file lacks, where read_table would refuse.
-                return pq.ParquetFile(io.BytesIO(data)).read(None if columns is None else list(columns))
+                # Leaves out columns that the file lacks, where read_table would refuse. Without threads: Arrow's own,
+                # beside torch's, now and then end the process with an abort when it exits.
+                wanted = None if columns is None else list(columns)
+                return pq.ParquetFile(io.BytesIO(data)).read(wanted, use_threads=False)
         except FileNotFoundError:
             pass
         self.withdraw(kind, key, record)

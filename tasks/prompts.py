@@ -152,7 +152,7 @@ def _parquet(place: Path) -> Table:
     import pyarrow.parquet as pq
 
     try:
-        return list(enumerate(pq.read_table(place).to_pylist()))
+        return list(enumerate(pq.ParquetFile(place).read(use_threads=False).to_pylist()))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{place} cannot be read as Parquet: {error}.") from None
 

@@ -40,14 +40,40 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
     """(file, columns) of everything that is read from Parquet."""
     calls: list[tuple[str, Any]] = []
-    original = pq.read_table
 
-    def counted(source: Any, columns: Any = None, **more: Any) -> pa.Table:
-        calls.append((str(source), columns))
-        return original(source, columns=columns, **more)
+    class Counted(pq.ParquetFile):  # type: ignore[misc]
+        def __init__(self, source: Any) -> None:
+            super().__init__(source)
+            self.named = str(source)
 
-    monkeypatch.setattr(api.pq, "read_table", counted)
+        def read(self, columns: Any = None, **more: Any) -> pa.Table:
+            calls.append((self.named, columns))
+            return super().read(columns, **more)
+
+    monkeypatch.setattr(api.pq, "ParquetFile", Counted)
     yield calls
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc, which Linux has")
+def test_reading_starts_no_threads_of_arrow(digits: Path) -> None:
+    """Beside torch they end one process in four with an abort, at its exit, after all its work."""
+    code = f"""
+import os
+from orchestrator import open_study, rows
+from orchestrator.results import Results
+from orchestrator.store import Store
+import orchestrator.api, numpy, torch
+before = len(os.listdir("/proc/self/task"))
+study = open_study("digits", root={str(digits)!r})
+trials, found = study.trials(), study.rows(columns=["nfe"])
+key = Results({str(digits)!r}, "digits").trials()[0]["key"]
+tables = list(Store({str(digits)!r}, create=False).read("rows", key, 0, 24))
+print(len(trials), len(found), len(tables), len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    *counts, threads = map(int, done.stdout.split())
+    assert counts == [2, 48, 2]
+    assert threads < 2 + pa.cpu_count()  # one that reads and one that frees memory, but no pool of as many as cores
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
