@@ -1,6 +1,7 @@
 """Token samplers on the embedded digits: the table of all of them, and first hitting against a thousand steps.
 
-    python -m benchmarks.discrete --part table --keep DIR [--samples 512] [--only "LSD;tau-leaping"] [--markdown FILE]
+    python -m benchmarks.discrete --part table --keep DIR [--samples 512] [--nfe 4,8] [--only "LSD;tau-leaping"]
+                                  [--markdown FILE]
     python -m benchmarks.discrete --part fhs --keep DIR [--samples 128] [--json]
 
 Both parts are studies under DIR, so a run that was stopped goes on where it was, and ``solvus report`` shows them.
@@ -29,10 +30,13 @@ from torch import Tensor
 
 from benchmarks.harness import Figure, arguments, commit, publish
 from orchestrator.api import run
+from orchestrator.measure import influences, paired_difference
+from orchestrator.store import Store
 from tasks import registry, unmasking
 from tasks.checkpoint import digits_reference
 from tasks.data.digits import held_out
 from tasks.noise import RowNoise
+from tasks.recipe import Recipe
 from tasks.sampler import CountedModel, Sampler
 
 NFES = (4, 8, 16, 32, 64)
@@ -84,7 +88,7 @@ def cell(row: dict[str, Any], name: str) -> str:
 def table(args: Any) -> list[Figure]:
     """Measure every solver; print, and perhaps write, the table."""
     wanted = [name for name in SOLVERS if not args.only or name in args.only.split(";")]
-    nfes = [4, 8] if args.quick else NFES
+    nfes = [4, 8] if args.quick else [int(n) for n in args.nfe.split(",")] if args.nfe else NFES
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for name in wanted:
         slug = "".join(c if c.isalnum() else "-" for c in name).strip("-")
@@ -100,13 +104,17 @@ def table(args: Any) -> list[Figure]:
         lines.append(f"| {name} | {nfe} | {' | '.join(cell(row, value) for value in VALUES)} |")
     lines.append(f"| *held-out digits* | | {' | '.join(_data())} |")
     figures = []
-    lines += ["", "LSD against tau-leaping, its base sampler, at equal evaluations (difference, 95 % interval):", ""]
-    lines += ["| solver | NFE | Fréchet distance | accuracy |", "|---|---|---|---|"]
+    about = (
+        "LSD against tau-leaping, its base sampler, at equal evaluations on the same noise (difference, 95 % interval):"
+    )
+    lines += ["", about, ""]
+    lines += ["| solver | NFE | Fréchet distance | accuracy | perplexity |", "|---|---|---|---|---|"]
     for name in ("LSD", "LSD+"):
         for nfe in nfes:
             if (name, nfe) in rows and ("tau-leaping", nfe) in rows:
                 pair = rows[name, nfe], rows["tau-leaping", nfe]
-                found = [difference(*pair, value) for value in ("quality/frechet", "quality/class_accuracy")]
+                values = "quality/frechet", "quality/class_accuracy", "quality/perplexity"
+                found = [paired(args.keep, *pair, value) for value in values]
                 lines.append(f"| {name} | {nfe} | " + " | ".join(f"{d:+.3f} ± {Z95 * e:.3f}" for d, e in found) + " |")
                 figures.append(Figure(f"{name}, {nfe} evaluations, Fréchet gain", -found[0][0], "", "higher"))
     text = (
@@ -121,6 +129,13 @@ def table(args: Any) -> list[Figure]:
     if args.markdown:
         Path(args.markdown).write_text(text + "\n")
     return figures or [Figure("cells", float(len(rows)), "", "higher")]
+
+
+def paired(keep: str, a: dict[str, Any], b: dict[str, Any], name: str) -> tuple[float, float]:
+    """a - b and its standard error on the same sample indices."""
+    store, spec = Store(keep, create=False), registry.metrics.complete({"name": name.removeprefix("quality/")})
+    recipes = [Recipe(**store.get_json("recipes", row["key"])) for row in (a, b)]
+    return paired_difference(*(influences(r, spec, name, 0, a["num_samples"], store) for r in recipes))
 
 
 def difference(a: dict[str, Any], b: dict[str, Any], name: str) -> tuple[float, float]:
@@ -237,6 +252,7 @@ def main() -> None:
         ("--part", {"choices": ["table", "fhs"], "default": "fhs", "help": "what to measure"}),
         ("--keep", {"required": True, "help": "folder of the studies; a run goes on where it was"}),
         ("--samples", {"type": int, "default": None, "help": "samples a cell (512 for the table, 128 for fhs)"}),
+        ("--nfe", {"default": "", "help": "numbers of evaluations of the table (4,8,16,32,64)"}),
         ("--only", {"default": "", "help": "names of solvers of the table, separated by semicolons"}),
         ("--markdown", {"default": "", "help": "file to write the table to"}),
     )
