@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+# Overrides of a proposal that say which samples it takes, and nothing about how they are made.
+EXTENT = ("num_samples", "first_index")
 
 
 class WorkerLost(Exception):
@@ -93,6 +96,7 @@ class SearchContext:
         better: which way is up, per value name.
         recipe: what overrides are laid over.
         num_samples, first_index: the samples of a trial that overrides neither.
+        metrics: specs of the study's metrics.
     """
 
     study: str
@@ -104,3 +108,4 @@ class SearchContext:
     recipe: Any = None
     num_samples: int = 1
     first_index: int = 0
+    metrics: Sequence[dict[str, Any]] = ()

@@ -105,7 +105,7 @@ class Study:
         key = digest({"recipe": self.recipe.key, "metrics": self.metrics, "num_samples": self.num_samples})
         return SearchContext(
             self.name, key, self.recipe.seed, self.root, self.storage, self.better, self.recipe, self.num_samples,
-            self.first_index,
+            self.first_index, self.metrics,
         )  # fmt: skip
 
     def trial(self, number: int, proposal: Proposal) -> Trial:

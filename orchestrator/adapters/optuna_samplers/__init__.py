@@ -8,7 +8,8 @@ that their study has.
 
 from orchestrator.adapters.optuna_samplers.autodiffusion import AutoDiffusionSampler
 from orchestrator.adapters.optuna_samplers.coordinate import CoordinateSampler
+from orchestrator.adapters.optuna_samplers.least_squares import LeastSquaresSampler
 from orchestrator.adapters.optuna_samplers.s3 import S3Sampler
 from orchestrator.adapters.optuna_samplers.turbo import TurboSampler
 
-__all__ = ["AutoDiffusionSampler", "CoordinateSampler", "S3Sampler", "TurboSampler"]
+__all__ = ["AutoDiffusionSampler", "CoordinateSampler", "LeastSquaresSampler", "S3Sampler", "TurboSampler"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
 from orchestrator.adapters.optuna_search.study import Seeds
+from orchestrator.ports import SearchContext
 from orchestrator.registries import searches
 from orchestrator.space import Space
 
@@ -45,7 +46,7 @@ class AutoDiffusion(OptunaSpec):
         if self.several:
             raise ValueError("search autodiffusion takes one objective. Use nsga2 or tpe for several.")
 
-    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None, context: SearchContext) -> Any:
         """Our own sampler."""
         from orchestrator.adapters.optuna_samplers import AutoDiffusionSampler
 

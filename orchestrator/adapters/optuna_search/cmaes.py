@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.adapters.optuna_search.distributions import distribution, with_space
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
 from orchestrator.adapters.optuna_search.study import Seeds
+from orchestrator.ports import SearchContext
 from orchestrator.registries import searches
 from orchestrator.space import Axis, Space, label
 
@@ -40,7 +41,7 @@ class CMAES(OptunaSpec):
         if not 0 < self.sigma <= 1:
             raise ValueError(f"search.sigma must be above 0 and at most 1, got {self.sigma}.")
 
-    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None, context: SearchContext) -> Any:
         """Optuna's CmaEsSampler; its state lies in the storage with the trials."""
         import optuna
 

@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.adapters.optuna_search.distributions import Covering, shared, with_space
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
 from orchestrator.adapters.optuna_search.study import Seeds
+from orchestrator.ports import SearchContext
 from orchestrator.registries import searches
 from orchestrator.space import Space
 
@@ -27,7 +28,7 @@ class GP(OptunaSpec):
 
     num_startup_trials: int = 10
 
-    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None, context: SearchContext) -> Any:
         """Optuna's GPSampler."""
         import optuna
 

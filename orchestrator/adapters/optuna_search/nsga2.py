@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.adapters.optuna_search.distributions import shared, with_space
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
 from orchestrator.adapters.optuna_search.study import Seeds
+from orchestrator.ports import SearchContext
 from orchestrator.registries import searches
 from orchestrator.space import Space
 
@@ -30,7 +31,7 @@ class NSGA2(OptunaSpec):
         if self.population < 2:
             raise ValueError(f"search.population must be at least 2, got {self.population}.")
 
-    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None, context: SearchContext) -> Any:
         """Optuna's NSGAIISampler."""
         import optuna
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
 from orchestrator.adapters.optuna_search.study import Seeds
+from orchestrator.ports import SearchContext
 from orchestrator.registries import searches
 from orchestrator.space import Space
 
@@ -19,7 +20,7 @@ class Random(OptunaSpec):
     Reference: Bergstra and Bengio 2012, "Random Search for Hyper-Parameter Optimization".
     """
 
-    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None, context: SearchContext) -> Any:
         """Optuna's RandomSampler."""
         import optuna
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
 from orchestrator.adapters.optuna_search.study import Seeds
+from orchestrator.ports import SearchContext
 from orchestrator.registries import searches
 from orchestrator.space import Space
 
@@ -43,7 +44,7 @@ class S3(OptunaSpec):
             if getattr(self, name) < 1:
                 raise ValueError(f"search.{name} must be at least 1, got {getattr(self, name)}.")
 
-    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None, context: SearchContext) -> Any:
         """Our own sampler."""
         from orchestrator.adapters.optuna_samplers import S3Sampler
 

@@ -82,7 +82,7 @@ class OptunaSpec:
         """The values to optimise."""
         return self.objectives or (self.objective,)
 
-    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None, context: SearchContext) -> Any:
         """Optuna's sampler for the next trial.
 
         Args:

@@ -19,7 +19,7 @@ from orchestrator.adapters.optuna_search.leases import Leases
 from orchestrator.adapters.optuna_search.storage import open_storage, patiently
 from orchestrator.baselines import listed
 from orchestrator.files import is_remote
-from orchestrator.ports import Proposal, SearchContext
+from orchestrator.ports import EXTENT, Proposal, SearchContext
 from orchestrator.racing import Race, Racing
 from orchestrator.space import Axis, Space, label, points, same
 from tasks import registry
@@ -111,7 +111,7 @@ class OptunaSearch:
         """The recipe with what all trials share, so that a schedule is laid over the right process."""
         if context.recipe is None:
             return None
-        shared = {k: v for k, v in self._spec.set.items() if k not in ("num_samples", "first_index")}
+        shared = {k: v for k, v in self._spec.set.items() if k not in EXTENT}
         return context.recipe.override(shared) if shared else context.recipe
 
     @property
@@ -303,7 +303,7 @@ class OptunaSearch:
                 last = spent[self._spec.num_trials - 1].number
                 before = sum(t.number <= last and (bool(t.params) or BASELINE not in t.user_attrs) for t in asked)
                 return CoordinateSampler(self._space, seeds.search, startup=before)
-            return self._spec.sampler(self._space, seeds, self._best_baseline(asked))
+            return self._spec.sampler(self._space, seeds, self._best_baseline(asked), self._context)
 
     def _seed(self, more: str) -> int:
         digested = hashlib.sha256(f"{self._context.seed}/{self.name}{more}".encode()).digest()
@@ -349,7 +349,7 @@ class OptunaSearch:
         caps = {key: cap for key, cap in self._spec.constraints.items() if key != "device_s"}
         if not caps or self._context.recipe is None:
             return ""
-        plain = {k: v for k, v in (self._spec.set | overrides).items() if k not in ("num_samples", "first_index")}
+        plain = {k: v for k, v in (self._spec.set | overrides).items() if k not in EXTENT}
         try:
             recipe = self._context.recipe.override(plain)
             spent = planned(recipe)

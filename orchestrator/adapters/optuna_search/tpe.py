@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
 from orchestrator.adapters.optuna_search.study import Seeds
+from orchestrator.ports import SearchContext
 from orchestrator.registries import searches
 from orchestrator.space import Space
 
@@ -24,7 +25,7 @@ class TPE(OptunaSpec):
 
     num_startup_trials: int = 10
 
-    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None, context: SearchContext) -> Any:
         """Optuna's TPESampler, multivariate, one group for each set of conditional axes."""
         import optuna
 

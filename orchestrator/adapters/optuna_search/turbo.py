@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.adapters.optuna_search.spec import OptunaSpec
 from orchestrator.adapters.optuna_search.study import Seeds
+from orchestrator.ports import SearchContext
 from orchestrator.registries import searches
 from orchestrator.space import Space
 
@@ -34,7 +35,7 @@ class Turbo(OptunaSpec):
         if not 0.01 <= self.length <= 1:
             raise ValueError(f"search.length must lie between 0.01 and 1, got {self.length}.")
 
-    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None) -> Any:
+    def sampler(self, space: Space, seeds: Seeds, start: dict[str, Any] | None, context: SearchContext) -> Any:
         """Our own sampler."""
         from orchestrator.adapters.optuna_samplers import TurboSampler
 
