@@ -60,14 +60,16 @@ class Pruned:
         labelled = bool((labels != network.config.num_embeds_ada_norm).any())
         kind = "conditional" if labelled else "unconditional"
         before = self.memory.get(kind)
-        cache = None if active is None else [(key[rows], value[rows]) for key, value in before["cache"]]
-        found, cache = dit.tokens(network, x, time, labels, active, cache)
-        if active is not None:
+        cache: dit.Cache | None = None
+        if active is not None and before is not None:
+            cache = [(key[rows], value[rows]) for key, value in before["cache"]]
+        found, fresh = dit.tokens(network, x, time, labels, active, cache)
+        if active is not None and before is not None:
             found = dit.put(before["patches"][rows], active, found)
         if before is None:
             empty = lambda part: part.new_zeros(self._size, *part.shape[1:])  # noqa: E731
-            before = {"patches": empty(found), "cache": tuple((empty(k), empty(v)) for k, v in cache)}
-        pairs = zip(before["cache"], cache, strict=True)
+            before = {"patches": empty(found), "cache": tuple((empty(k), empty(v)) for k, v in fresh)}
+        pairs = zip(before["cache"], fresh, strict=True)
         put = lambda whole, part: whole.index_copy(0, rows, part)  # noqa: E731
         self.memory[kind] = {
             "patches": put(before["patches"], found),

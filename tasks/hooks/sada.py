@@ -130,7 +130,8 @@ class SADA:
             skip = (rule.flatten(1).mean(dim=1) <= 0) & (memory["skipped"] < self.max_skips)
         x0 = x - plan.sigma[i] * memory["f"][0] if memory["f"] else x
         x0 = x0 / plan.alpha[i]
-        asked, nfe, kept = (~skip).nonzero()[:, 0], memory["nfe"], {}
+        asked, nfe = (~skip).nonzero()[:, 0], memory["nfe"]
+        kept: dict[str, Any] = {}
         if self.max_token_skips and not getattr(model.model, "is_rehearsal", False):
             x0, nfe, kept = self._some_tokens(model, x, t, x0, asked, rule, memory)
         elif len(asked):
