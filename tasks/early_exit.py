@@ -190,9 +190,15 @@ def save(exits: Exits, path: Path, network: str) -> None:
 
 
 def load(path: str | None, network: Any) -> Exits:
-    """The exits with their weights, on the device of a network."""
+    """The exits with their weights, on the device of a network; kept warm between calls of one process."""
+    file = file_of(path)
+    return _loaded(str(file), file_digest(file), network)
+
+
+@lru_cache(maxsize=4)
+def _loaded(path: str, digest: str, network: Any) -> Exits:
     from safetensors.torch import load_file
 
     exits = Exits.of(network)
-    exits.load_state_dict(load_file(file_of(path)))
+    exits.load_state_dict(load_file(path))
     return exits.eval().requires_grad_(False).to(network.device)
