@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     embedded = (
         "digits, digits_flow, digits_classifier, digits_consistency, digits_dit, digits_tokens, digits_tokens_ar, "
-        "digits_one_more_step"
+        "digits_one_more_step, digits_dit_probes"
     )
     train = verb("train", f"train an embedded model again: {embedded}")
     train.add_argument("name")

@@ -345,7 +345,7 @@ def train(args: Any) -> int:
     from tasks.checkpoint import WEIGHTS
     from tasks.registry import unknown
     from tasks.run import use_one_thread
-    from tasks.training import classifier, consistency, digits, one_more_step, tokens
+    from tasks.training import classifier, consistency, digits, one_more_step, probes, tokens
 
     trainers = {
         "digits": digits.train,
@@ -356,6 +356,7 @@ def train(args: Any) -> int:
         "digits_tokens": tokens.train,
         "digits_tokens_ar": tokens.train,
         "digits_one_more_step": one_more_step.train,
+        "digits_dit_probes": probes.train,
     }
     if args.name not in trainers:
         raise unknown("embedded model", args.name, sorted(trainers), "Known")

@@ -210,6 +210,11 @@ class UNetDenoiser:
         self.network = checkpoint.network(device)
         self._checkpoint = checkpoint
 
+    @property
+    def skeleton(self) -> torch.nn.Module:
+        """The network without weights, on the meta device: where work is counted."""
+        return self._checkpoint.skeleton
+
     def skipping(self, mask: int) -> AbstractContextManager[float]:
         """Within, the network runs without the blocks of a mask; gives the share of multiply-adds that is left."""
         return skipping(self.network, self._checkpoint.blocks, mask)

@@ -40,9 +40,18 @@ def tokens(network: Any, x: Tensor, time: Tensor, labels: Tensor, active: Tensor
         hidden = gate[:, None] * attention.to_out[0](mixed) + hidden
         normed = block.norm3(hidden) * (1 + scale[:, None]) + shift[:, None]
         hidden = gate_after[:, None] * block.ff(normed) + hidden
-    embedded = network.transformer_blocks[0].norm1.emb(time, labels, hidden_dtype=hidden.dtype)
+    return project(network, hidden, embedding(network, time, labels, hidden.dtype)), fresh
+
+
+def embedding(network: Any, time: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """The embedding of time and label that the network's last layer is given, (B, D)."""
+    return network.transformer_blocks[0].norm1.emb(time, labels, hidden_dtype=dtype)
+
+
+def project(network: Any, hidden: Tensor, embedded: Tensor) -> Tensor:
+    """The network's last layer: hidden states, (B, T, D), and their embedding, (B, D), to predictions, (B, T, P)."""
     shift, scale = network.proj_out_1(functional.silu(embedded)).chunk(2, dim=1)
-    return network.proj_out_2(network.norm_out(hidden) * (1 + scale[:, None]) + shift[:, None]), fresh
+    return network.proj_out_2(network.norm_out(hidden) * (1 + scale[:, None]) + shift[:, None])
 
 
 def image(network: Any, patches: Tensor) -> Tensor:
@@ -50,6 +59,13 @@ def image(network: Any, patches: Tensor) -> Tensor:
     side, size = int(patches.shape[1] ** 0.5), network.patch_size
     grid = patches.unflatten(2, (size, size, -1)).unflatten(1, (side, side))  # (B, h, w, p, q, C)
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def patches(network: Any, image: Tensor) -> Tensor:
+    """The inverse of :func:`image`."""
+    size = network.patch_size
+    grid = image.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, h, p, w, q)
+    return grid.permute(0, 2, 4, 3, 5, 1).flatten(3, 5).flatten(1, 2)
 
 
 def _pick(whole: Tensor, active: Tensor | None) -> Tensor:

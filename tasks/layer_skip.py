@@ -109,8 +109,13 @@ def survey(network: nn.Module, *inputs: Any, **options: Any) -> Blocks:
         with torch.no_grad():
             network(*inputs, **options)
     names = tuple(name for name, kept in ran.items() if kept)[:MAX_BLOCKS]
-    whole = _multiply_adds(network, (), inputs, options)
-    savings = (1.0 - _multiply_adds(network, (name,), inputs, options) / max(whole, 1) for name in names)
+    whole = multiply_adds(network, *inputs, **options)
+
+    def less(name: str) -> int:
+        with without(network, (name,)):
+            return multiply_adds(network, *inputs, **options)
+
+    savings = (1.0 - less(name) / max(whole, 1) for name in names)
     return Blocks(names, tuple(savings))
 
 
@@ -123,13 +128,14 @@ def _found(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield from _found(child, f"{path}.")
 
 
-def _multiply_adds(network: nn.Module, left_out: tuple[str, ...], inputs: Any, options: Any) -> int:
+def multiply_adds(function: Callable[..., Any], *inputs: Any, **options: Any) -> int:
+    """How many multiply-adds of matrix products, convolutions and attentions one call takes, as torch counts them."""
     # Encoder layers have a fused kernel for inference, which the counter cannot look into.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), without(network, left_out), FlopCounterMode(display=False) as counter:
-            network(*inputs, **options)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            function(*inputs, **options)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2

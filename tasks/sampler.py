@@ -28,6 +28,7 @@ class CountedModel:
 
     def __init__(self, model: Model, max_rows: int) -> None:
         self._model, self.max_rows, self._share = model, max_rows, 1.0
+        self._instead: Callable[..., Tensor] | None = None
         self.rows, self.decoded, self.energies, self.work = 0, 0, 0, 0.0
 
     def __getattr__(self, name: str) -> Any:
@@ -35,7 +36,7 @@ class CountedModel:
 
     def denoise(self, x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor:
         """The model's answer for any number of rows."""
-        return self._call(self._model.denoise, x, (t,), cond)
+        return self._call(self._instead or self._model.denoise, x, (t,), cond)
 
     @property
     def inner(self) -> Model:
@@ -71,6 +72,16 @@ class CountedModel:
                 yield
             finally:
                 self._share = before
+
+    @contextmanager
+    def answering(self, denoise: Callable[..., Tensor], share: float) -> Iterator[None]:
+        """Within, evaluations are answered in another way, which takes a share of the network's multiply-adds."""
+        before = self._instead, self._share
+        self._instead, self._share = denoise, share
+        try:
+            yield
+        finally:
+            self._instead, self._share = before
 
     def decode(self, x0: Tensor, cond: Tensor | None = None) -> Tensor:
         """The model's decoder."""
@@ -242,6 +253,9 @@ class _Conditioned:
 
     def skipping(self, mask: int) -> AbstractContextManager[Any]:
         return self.model.skipping(mask)  # type: ignore[attr-defined]
+
+    def answering(self, denoise: Callable[..., Tensor], share: float) -> AbstractContextManager[Any]:
+        return self.model.answering(denoise, share)  # type: ignore[attr-defined]
 
     @property
     def maps(self) -> bool:

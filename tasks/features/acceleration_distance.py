@@ -17,8 +17,8 @@ class AccelerationDistance:
 
     ``d_i = sqrt(mean over elements of (x_i - y_i)^2)``, where y_i is row i of the companion recipe: equal in seed,
     noise, solver, times and guidance, but without the hooks and guidance that spare evaluations or parts of them (sada,
-    step_cache, ras, int8). Both are compared as they are stored: exactly up to 4096 numbers a sample, larger images
-    to 8 bits.
+    step_cache, ras, deediff, int8). Both are compared as they are stored: exactly up to 4096 numbers a sample, larger
+    images to 8 bits.
 
     Reference: none needed; published tables have LPIPS or PSNR against the unaccelerated images.
     Cost: one trajectory without savings a sample, once for all trials that differ in savings alone.

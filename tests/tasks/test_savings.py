@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import dit, registry, side_network
+from tasks import dit, pruned, registry, side_network
 from tasks.branches import Branches
 from tasks.int8 import best_range, integer
 from tasks.recipe import Recipe
@@ -65,6 +65,90 @@ def test_sada_is_exact_where_the_noise_prediction_stands_still():
     point = {"name": "gmm", "means": [[0.3, -0.7]], "weights": [1.0], "covariances": [[[1e-9, 0.0], [0.0, 1e-9]]]}
     made = recipe(point, solver=SADA, steps=16, dtype="float64")
     assert distance(made, rows(made)).max() < 1e-6
+
+
+def tokenwise(model, max_token_skips=3, max_skips=1, guidance="none", batch_size=8, **fields):
+    hook = {"name": "sada", "max_skips": max_skips, "max_token_skips": max_token_skips} | fields
+    return recipe(model, guidance, solver=SADA | {"hooks": [hook]}, steps=16, batch_size=batch_size)
+
+
+def test_tokens_of_which_none_is_left_out_are_the_step_wise_half_bit_for_bit(transformer, monkeypatch):
+    stepwise = rows(tokenwise(transformer, max_token_skips=0))
+    everything = lambda urgency: (torch.full((8,), 16), torch.arange(16).expand(8, 16))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(pruned, "sized", everything)
+        found = rows(tokenwise(transformer))
+    np.testing.assert_array_equal(found["x0"], stepwise["x0"])
+    np.testing.assert_array_equal(found["nfe"], stepwise["nfe"])
+    assert (stepwise["nfe"] < 16).all() and "work" not in found
+    never = rows(tokenwise(transformer, start=1.0, stop=1.0))  # no step is looked at
+    np.testing.assert_array_equal(never["x0"], rows(recipe(transformer, solver=SADA | {"hooks": []}, steps=16))["x0"])
+
+
+def test_tokens_that_are_left_out_save_work_and_every_row_decides_for_itself(transformer):
+    made = tokenwise(transformer)
+    together = rows(made)
+    assert together["work"][0] < together["nfe"].mean() - 1 and 0 < distance(made, together).max() < 0.3
+    assert not made.account.exact
+    alone = rows(tokenwise(transformer, batch_size=1))
+    np.testing.assert_allclose(alone["x0"], together["x0"], atol=1e-4)
+    np.testing.assert_array_equal(alone["nfe"], together["nfe"])
+    assert alone["work"].mean() == pytest.approx(together["work"][0])
+
+
+def test_guided_tokens_keep_evaluations_with_and_without_labels_apart(transformer):
+    """At a scale of 1 the guided prediction is the conditional one, so all decisions are those without guidance."""
+    plain, guided = (rows(tokenwise(transformer, guidance=g)) for g in ("none", {"name": "cfg", "scale": 1.0}))
+    np.testing.assert_allclose(guided["x0"], plain["x0"], atol=1e-4)
+    np.testing.assert_array_equal(rows(tokenwise(transformer, guidance="cfg"))["nfe"] % 2, 0)
+    saved = [(found["nfe"] - found["work"]).mean() for found in (plain, guided)]
+    assert 0 < 2 * saved[0] == pytest.approx(saved[1])
+
+
+def test_tokens_are_exact_where_the_noise_prediction_stands_still(tmp_path):
+    torch.manual_seed(0)
+    net = training.transformer().eval()
+    torch.nn.init.zeros_(net.proj_out_2.weight)
+    torch.nn.init.normal_(net.proj_out_2.bias)
+    training.save(net, "digits_dit", tmp_path, {})
+    made = tokenwise({"name": "digits_dit", "path": str(tmp_path)}, max_skips=0)
+    found = rows(made)
+    assert distance(made, found).max() < 1e-5 and (found["nfe"] == 16).all() and found["work"][0] < 14
+
+
+def test_rows_compute_all_tokens_that_they_must_and_fill_up_to_a_quarter():
+    inf = torch.inf
+    urgency = torch.tensor([[0.0, -1, -2, -3, inf, -4, -5, -6], [inf, inf, inf, -1, -2, -3, -4, -0.5], [-1.0] * 8])
+    count, order = pruned.sized(urgency)
+    assert count.tolist() == [2, 4, 2]
+    assert order[0, :2].tolist() == [4, 0] and order[1, :4].tolist() == [0, 1, 2, 7]
+
+
+def test_what_rows_remember_of_tokens_stays_theirs(transformer):
+    """Some rows in one call, others in another, of other tokens: as if every row had been alone."""
+    model = load_model(recipe(transformer))
+    torch.manual_seed(3)
+    x, later = torch.randn(2, 3, 1, 8, 8)
+    time, labels = torch.tensor([700.0, 700.0, 700.0]), torch.tensor([1, 5, 4])
+    active = torch.stack([torch.randperm(16)[:4] for _ in range(3)])
+
+    def run(groups):
+        memory, found = {}, torch.zeros(3, 1, 8, 8)
+        for state, chosen in ((x, None), (later, active), (x, active)):
+            for group in groups:
+                part = pruned.Pruned(model.network, memory, 3, group, None if chosen is None else chosen[group])
+                found[group] = part(state[group], time[group], labels[group]).sample
+                memory = part.memory
+        return found
+
+    with torch.no_grad():
+        together = run([torch.arange(3)])
+        apart = run([torch.tensor([2, 0]), torch.tensor([1])])
+        kept = model.network(x, time, labels).sample
+    torch.testing.assert_close(apart, together, atol=1e-5, rtol=1e-5)
+    left_out = torch.ones(3, 16, dtype=torch.bool).scatter(1, active, False)
+    same = dit.patches(model.network, together)[left_out], dit.patches(model.network, kept)[left_out]
+    torch.testing.assert_close(*same, atol=1e-5, rtol=1e-5)
 
 
 # --- step caching ----------------------------------------------------------------------------------------------------
@@ -230,6 +314,9 @@ def refusals(dit_model):
         (recipe(solver={"name": "unified", "preset": "dpmpp_2s"} | sada), "steps of several"),
         (recipe(solver=SADA, guidance="cfgpp"), "guidance cfgpp cannot follow"),
         (recipe(solver=SADA, strategy="best_of_n", reward="ink"), "strategy best_of_n cannot plan"),
+        (tokenwise("digits"), "model digits is no DiTTransformer2DModel"),
+        (tokenwise(dit_model, guidance="pag"), "guidance pag asks the network in other ways"),
+        (tokenwise(dit_model, guidance={"name": "cfg", "sigma_low": 0.1, "sigma_high": 2.0}), "the interval of"),
         (recipe("gmm", initial="one_more_step"), "model gmm has shape"),
     ]
 
