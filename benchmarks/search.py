@@ -57,7 +57,7 @@ MODELS = ("digits", "digits_flow", "gmm")
 SPACES = {"digits": "weights", "digits_flow": "velocity", "gmm": "weights"}  # the form that suits the process
 # Of the mixture at more evaluations the best stock schedules are of the velocity form (seen on seed 0).
 AT_COST = {("gmm", 5): "velocity", ("gmm", 6): "velocity"}
-PATH_SPACES = SPACES | {"digits": "trajectory"}  # for the trajectory error
+PATH_ALGORITHM, PATH_SPACE = "least_squares", "trajectory"  # for the trajectory error
 MORE_TRIALS = {"gmm": 4}  # the mixture is cheap, and its last bit of distance is small beside the noise
 NFES = (3, 4, 5, 6, 8)
 FRECHET, TRAJECTORY = "quality/frechet", "quality/trajectory_error"
@@ -137,10 +137,11 @@ def common(model: str, seed: int, objective: str) -> list[str]:
 
 def searched(model: str, nfe: int, seed: int, objective: str, trials: int, root: Path, full: int) -> dict[str, Any]:
     """The search and its answer on held-out samples."""
-    space = AT_COST.get((model, nfe), SPACES[model]) if objective == FRECHET else PATH_SPACES[model]
+    space = AT_COST.get((model, nfe), SPACES[model]) if objective == FRECHET else PATH_SPACE
+    algorithm = ALGORITHM if objective == FRECHET else PATH_ALGORITHM
     racing = f"search.racing={RACING if objective == FRECHET else NO_RACING}"
     rows = run(
-        root, *common(model, seed, objective), *search_of(trials), f"space={space}",
+        root, *common(model, seed, objective), *search_of(trials, algorithm), f"space={space}",
         f"search.objective={objective}", racing, f"search.held_out={HELD_OUT if objective == FRECHET else 1024}",
         f"num_samples={full}", f"nfe={nfe}", "solver=dpmpp_2m", f"name=search-{objective[8:12]}-{model}-{nfe}-{seed}",
     )  # fmt: skip

@@ -89,7 +89,7 @@ class Deviations:
         Raises:
             KeyError: they are not in the store.
         """
-        made = {k: v for k, v in (self.set | self.space.decode(params)).items() if k not in EXTENT}
+        made = {k: v for k, v in {**self.set, **self.space.decode(params)}.items() if k not in EXTENT}
         recipe = self.context.recipe.override(made)
         spec = next(m for m in self.context.metrics if registry.metrics.build(m).better.get(OBJECTIVE))
         other = recipe.companion(registry.metrics.build(spec).needs()[0])
