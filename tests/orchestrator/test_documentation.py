@@ -226,7 +226,7 @@ def _sizes(words: list[str]) -> list[str]:
     known = config.studies() if study else {}
     text = known[study].read_text() if study in known else " ".join(words)
     small = [size for size in SMALL if words[0] != "export" or size.startswith("batch")]
-    if words[0] == "run" and re.search(r"num_trials|search[:=] ?(cmaes|tpe|turbo|nsga2)", text):
+    if words[0] == "run" and re.search(r"num_trials|search[:=] ?(cmaes|tpe|turbo|least_squares|nsga2)", text):
         small += ["search.num_trials=2", "search.baselines=[]", "search.held_out=80", "search.refine=0"]
     return small
 

@@ -117,10 +117,10 @@ def test_least_squares_refuses_what_it_cannot_read(more: dict[str, Any], message
 
 
 def test_least_squares_halves_a_trajectory_error_and_reads_what_the_metric_measured(tmp_path: Path) -> None:
-    """As a user runs it: on the mixture, where turbo needs about three times as many trials for as much."""
+    """As a user runs it."""
     found = run(
-        "model=gmm", "name=ls", "nfe=5", "search=least_squares", "space=trajectory", "search.racing={}",
-        "search.num_trials=40", "search.baselines=[{solver: {name: unified, preset: unipc}}]", "search.held_out=0", "num_samples=64",
+        "model=gmm", "name=ls", "nfe=5", "search=least_squares", "space=trajectory", "search.num_trials=40",
+        "search.baselines=[{solver: {name: unified, preset: unipc}}]", "search.held_out=0", "num_samples=64",
         "shard_size=64", "batch_size=64", "metrics=[{name: trajectory, num_steps: 32}]", "tracker=none",
         f"root={tmp_path}",
     )  # fmt: skip
