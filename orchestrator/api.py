@@ -51,10 +51,11 @@ def run(*overrides: str, config_dir: Sequence[str] = ()) -> OpenStudy:
     Raises:
         ValueError: an override is wrong, or a trial cannot run.
     """
-    from orchestrator import config, verbs
+    from orchestrator import config
+    from orchestrator.launch import launch
 
     study = config.study(config.compose(list(overrides), list(config_dir)))
-    verbs.launch(study, " ".join(["solvus", "run", *overrides]))
+    launch(study, " ".join(["solvus", "run", *overrides]))
     return open_study(study.name, study.root)
 
 

@@ -1,0 +1,106 @@
+"""One launch of a study, from checking what it will take to its report."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from typing import Any
+
+from orchestrator.exits import Terminated
+from orchestrator.files import is_remote
+from orchestrator.foreseen import foreseen
+from orchestrator.ledger import Ledger
+from orchestrator.progress import Progress
+from orchestrator.recent import Recent
+from orchestrator.redact import redact
+from orchestrator.registries import executors, trackers
+from orchestrator.results import Results
+from orchestrator.store import Store
+from orchestrator.study import run as run_study
+from orchestrator.verbs_look import write_report
+
+
+def launch(study: Any, command: str) -> tuple[dict[str, Any], list[str]]:
+    """Run a study to its end, and write its tables, its state and its report.
+
+    Args:
+        study: what ``config.study`` returns.
+        command: what to type to launch it again, for the report.
+
+    Returns:
+        what came of it, as plain data and in lines for people.
+    """
+    store = Store(study.root)
+    results = Results(study.root, study.name)
+    ahead = foreseen(study, store)
+    if ahead["samples_to_make"] or ahead["companions"]:
+        from tasks.run import load_model
+
+        load_model(study.recipe)
+    results.save_study(study)
+    ledger = Ledger(study.price_per_device_hour)
+    began = time.monotonic()
+    results.save_state("running", {"foreseen": ahead})
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
+    executor = executors.build(study.config["executor"]).start(study.name)
+    tracker = trackers.build(study.config["tracker"]).start(study)
+    recent = Recent()
+    logging.getLogger("solvus").addHandler(recent)
+    watch = Progress(
+        ahead,
+        report=lambda numbers: results.save_state("running", numbers),
+        report_s=10.0 if is_remote(study.root) else 2.0,
+        load=executor.load,
+        spent=ledger.summary,
+        goal=study.goal,
+        recent=recent,
+    )
+    trials: list[Any] = []
+    finished = False
+    try:
+        searched = run_study(study, executor, store, tracker, watch, ledger, trials)
+        finished = True
+    finally:
+        watch.close()
+        executor.close()
+        logging.getLogger("solvus").removeHandler(recent)
+        results.save_trials(trials)
+        if not finished:
+            results.save_state("interrupted", {"trials": watch.finished})
+    results.save_search(searched)
+    failed = [trial for trial in trials if trial.state == "failed"]
+    degraded = [trial for trial in trials if trial.state == "degraded"]
+    summary = {
+        "study": study.name,
+        "state": "failed" if failed else "degraded" if degraded else "complete",
+        "trials": len(trials),
+        "failed": len(failed),
+        "degraded": len(degraded),
+        "samples_made": watch.samples,
+        "samples_reused": watch.reused,
+        "wall_s": round(time.monotonic() - began, 2),
+        **{name: round(value, 3) for name, value in ledger.summary().items()},
+    }
+    results.save_state(str(summary["state"]), summary | {"command": redact(command)})
+    path = write_report(study.root, study.name)
+    tracker.close(
+        {f"study/{name}": value for name, value in summary.items()},
+        [("report.html", results.files.read("report.html"))],
+    )
+    summary["report"] = path
+    lines = [
+        f"{study.name}: {summary['state']}, {len(trials)} trials ({len(failed)} failed), "
+        f"{watch.samples:,} samples made and {watch.reused:,} reused in {summary['wall_s']:.1f} s "
+        f"({ledger.spent['nfe']:,.0f} network evaluations, {ledger.spent['reward_calls']:,.0f} reward calls).",
+        *(f"  failed {trial.title}: {trial.reason}" for trial in failed),
+        *(f"  degraded {trial.title}: rows {list(trial.quarantined)} are quarantined" for trial in degraded),
+        f"report: {path}",
+    ]
+    return summary, lines
+
+
+def _end(signum: int, frame: Any) -> None:
+    raise Terminated
