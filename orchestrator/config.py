@@ -16,7 +16,8 @@ from orchestrator.keys import FILES, GROUPS, VALUES, check_study_name, files_of
 from orchestrator.redact import redact_all
 from orchestrator.registries import EVERY
 from orchestrator.study import Study
-from tasks.recipe import PLAIN, PLUGINS, Recipe
+from tasks.overrides import PLAIN, PLUGINS
+from tasks.recipe import Recipe
 from tasks.registry import metrics as metric_registry
 from tasks.registry import unknown
 from tasks.schedule import SolverSchedule

@@ -107,7 +107,6 @@ def test_choices_are_those_of_the_start_and_spaced_numbers_are_moved_by_a_space(
     [
         ({"objective": "quality/frechet"}, "its objective is quality/trajectory_error, got quality/frechet"),
         ({"objectives": ["quality/trajectory_error", "cost/nfe"]}, "nsga2 for several"),
-        ({"racing": {"start": 16}}, "trials cannot race"),
         ({"probe": 0.0}, "search.probe must lie between"),
     ],
 )
@@ -121,12 +120,13 @@ def test_least_squares_halves_a_trajectory_error_and_reads_what_the_metric_measu
     found = run(
         "model=gmm", "name=ls", "nfe=5", "search=least_squares", "space=trajectory", "search.num_trials=40",
         "search.baselines=[{solver: {name: unified, preset: unipc}}]", "search.held_out=0", "num_samples=64",
-        "shard_size=64", "batch_size=64", "metrics=[{name: trajectory, num_steps: 32}]", "tracker=none",
+        "shard_size=64", "batch_size=64", "search.racing={start: 16}", "metrics=[{name: trajectory, num_steps: 32}]", "tracker=none",
         f"root={tmp_path}",
     )  # fmt: skip
     trials = found.trials().to_pylist()
     values = [trial["value/quality/trajectory_error"] for trial in trials]
     assert min(values) < 0.7 * values[0] and [trial["state"] for trial in trials] == ["complete"] * 41
+    assert {trial["num_samples"] for trial in trials} == {64}  # a baseline without a rival, and proposals do not race
 
     study = config.study(found.config)
     space = Space(study.search["space"], study.recipe)

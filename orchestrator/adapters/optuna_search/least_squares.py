@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class LeastSquares(OptunaSpec):
 
     For numbers alone (space ``trajectory`` or ``velocity``) and the objective quality/trajectory_error. Around the best
     point every axis is moved once, a trial each; from their rows it knows where to go. Choices stay those of the start.
+    Only baselines race: of its own trials it compares all samples.
 
     Args:
         probe: how far an axis is moved to find a derivative, as a fraction of it.
@@ -38,17 +39,14 @@ class LeastSquares(OptunaSpec):
     objective: str = OBJECTIVE
     probe: float = 0.01
 
+    races_proposals: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.several or self.objective != OBJECTIVE:
             raise ValueError(
                 f"search least_squares reads how far samples are from their many-step solutions, so its objective is "
                 f"{OBJECTIVE}, got {', '.join(self.targets())}. Use turbo for other values, nsga2 for several."
-            )
-        if self.racing:
-            raise ValueError(
-                "search least_squares compares all samples of a trial with those of another, so trials cannot race. "
-                "Set search.racing={} or use turbo."
             )
         if not 1e-4 <= self.probe <= 0.25:
             raise ValueError(f"search.probe must lie between 0.0001 and 0.25, got {self.probe}.")

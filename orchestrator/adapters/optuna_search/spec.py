@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from orchestrator.adapters.optuna_search.study import OptunaSearch, Seeds
 from orchestrator.ports import SearchContext
@@ -50,6 +50,8 @@ class OptunaSpec:
     held_out: int = 2048
     parallel: int = 1
     part: str = ""
+
+    races_proposals: ClassVar[bool] = True  # and not the baselines alone
 
     def __post_init__(self) -> None:
         check_space(self.space, self.name)  # type: ignore[attr-defined]

@@ -326,9 +326,10 @@ class OptunaSearch:
             overrides = shared | json.loads(trial.user_attrs[OVERRIDES])
         else:
             overrides = shared | self._space.decode(self._params(trial))
-        if self._race is not None:
-            overrides["num_samples"] = trial.user_attrs.get(SAMPLES, self._race.start) if settled else self._race.start
-        return Proposal(overrides, self._spec.part, (number, state), self._race, settled, name)
+        race = self._race if name or self._spec.races_proposals else None
+        if race is not None:
+            overrides["num_samples"] = trial.user_attrs.get(SAMPLES, race.start) if settled else race.start
+        return Proposal(overrides, self._spec.part, (number, state), race, settled, name)
 
     def _params(self, trial: Any) -> dict[str, Any]:
         """Optuna's parameters with choices as they were written."""
