@@ -120,7 +120,8 @@ def test_least_squares_halves_a_trajectory_error_and_reads_what_the_metric_measu
     found = run(
         "model=gmm", "name=ls", "nfe=5", "search=least_squares", "space=trajectory", "search.num_trials=40",
         "search.baselines=[{solver: {name: unified, preset: unipc}}]", "search.held_out=0", "num_samples=64",
-        "shard_size=64", "batch_size=64", "search.racing={start: 16}", "metrics=[{name: trajectory, num_steps: 32}]", "tracker=none",
+        "shard_size=64", "batch_size=64", "search.racing={start: 16}", "metrics=[{name: trajectory, num_steps: 32}]",
+        "tracker=none",
         f"root={tmp_path}",
     )  # fmt: skip
     trials = found.trials().to_pylist()
