@@ -9,6 +9,7 @@ Reference: Szegedy et al. 2016, "Rethinking the Inception Architecture for Compu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tasks.checkpoint import file_digest
-from tasks.pictures import unit
+from tasks.pictures import check_picture, unit
 from tasks.pretrained import fill, home, read_state
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -221,3 +222,29 @@ def load(path: str, digest: str, device: str) -> Inception:
         buffer.zero_() if name.endswith("num_batches_tracked") else None
     fill(network, read_state(Path(path)), Path(path))
     return network.eval().requires_grad_(False).to(device)
+
+
+@dataclass(frozen=True)
+class InceptionFeatures:
+    """What the extractors that read this network share."""
+
+    path: str = ""
+    sha256: str = "6726825d"
+
+    name = ""  # set where a class is registered
+    needs_labels = False
+
+    @property
+    def revision(self) -> str:
+        """Hash of the weights."""
+        return file_digest(weights(self.path, self.sha256))[:16]
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Pictures, and the weights at hand."""
+        check_picture(shape, f"features {self.name}")
+        weights(self.path, self.sha256)
+
+    def network(self, device: str) -> Inception:
+        """The network, kept warm."""
+        path = weights(self.path, self.sha256)
+        return load(str(path), file_digest(path), device)

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from tasks import inception
-from tasks.checkpoint import file_digest
-from tasks.pictures import check_picture
 from tasks.registry import features
 
 
 @features.register("inception_v3")
 @dataclass(frozen=True)
-class InceptionV3:
+class InceptionV3(inception.InceptionFeatures):
     """The 2048 pooled activations of the Inception-v3 network with which the FID is defined.
 
     Pictures are rounded to 8 bits and resized to 299 pixels as TensorFlow 1 did, so values compare with those that
@@ -29,28 +27,11 @@ class InceptionV3:
     Cost: 5.7 billion multiply-adds a sample.
     """
 
-    path: str = ""
-    sha256: str = "6726825d"
-
-    needs_labels = False
-
-    @property
-    def revision(self) -> str:
-        """Hash of the weights."""
-        return file_digest(inception.weights(self.path, self.sha256))[:16]
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Pictures, and the weights at hand."""
-        check_picture(shape, "features inception_v3")
-        inception.weights(self.path, self.sha256)
-
     def dim(self, shape: tuple[int, ...]) -> int:
         """2048."""
         return inception.FEATURES
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
         """(B, 2048)."""
-        path = inception.weights(self.path, self.sha256)
         with torch.no_grad():
-            network = inception.load(str(path), file_digest(path), str(samples.device))
-            return network.features(inception.resized(samples))
+            return self.network(str(samples.device)).features(inception.resized(samples))

@@ -31,8 +31,9 @@ class LSD:
         Phi = sum_m dt_m <r_m, r> / sum_m dt_m <r, r>,
 
     means over places that are still masked at m, which is the least-squares coefficient in closed form. LSD+ also
-    chooses the times: the path over the fine nodes with the least expected ``||p(. | x_m) - p(. | x_i)||^2`` summed
-    over the tokens that the teacher reveals, so steps are short where predictions change fast.
+    chooses the times: the path over the fine nodes with the least expected divergence ``KL(p(. | x_m) || p(. | x_i))``
+    summed over the tokens that the teacher reveals. By the chain rule that is what few steps lose to many, and since
+    predictions are martingales it is a difference of mean entropies, so steps are short where entropies fall fast.
 
     Deviations from the paper: least squares in closed form and dynamic programming instead of gradient descent; student
     and teacher start every step from the same state (no relaxed start, which gradient descent needs). Where the model
@@ -64,7 +65,7 @@ class LSD:
     order = 1
     stochastic = True
     calibrated_on: ClassVar[tuple[str, ...]] = ("guidance", "times", "labels", "seed", "dtype")
-    calibration_revision: ClassVar[str] = "2"
+    calibration_revision: ClassVar[str] = "3"
 
     def __post_init__(self) -> None:
         if self.learn not in LEARNED:
@@ -169,16 +170,16 @@ class _Teacher:
     Attributes:
         times: M + 1 fine times.
         masks: masked places a row at node m, (M,).
-        own: mean of ``||p_m||^2`` over the places masked at m, (M,).
-        held: mean of ``||p_i||^2`` over the same places.
+        held: mean of ``||p_i||^2`` over the places masked at m.
         both: mean of ``<p_m, p_i>`` over the same places.
+        entropy: mean entropy of p_i over the same places, nats.
     """
 
     times: tuple[float, ...]
     masks: np.ndarray
-    own: np.ndarray
     held: np.ndarray
     both: np.ndarray
+    entropy: np.ndarray
 
     def coefficient(self, i: int, j: int) -> float:
         """Phi of one step from node i to node j; 1 where it ends at the data."""
@@ -189,11 +190,11 @@ class _Teacher:
         return float(t[0] * (weights @ self.both[i, i:j]) / (lengths @ self.held[i, i:j]))
 
     def costs(self) -> np.ndarray:
-        """Expected squared error of the held predictions at the tokens that are revealed, (M + 1, M + 1)."""
+        """Expected divergence of the held predictions at the tokens that are revealed, nats a row, (M + 1, M + 1)."""
         last = len(self.masks)
         t = np.array(self.times)
         revealed = self.masks * (t[:-1] - t[1:]) / t[:-1]
-        error = np.maximum(self.own - 2 * self.both + self.held, 0.0) * revealed
+        error = np.maximum(self.entropy - np.diagonal(self.entropy), 0.0) * revealed
         found = np.full((last + 1, last + 1), np.inf)
         for i in range(last):
             found[i, i + 1 :] = np.cumsum(error[i, i:])
@@ -213,12 +214,13 @@ def _teacher(solver: LSD, bench: Any, fine: tuple[float, ...]) -> _Teacher:
         predictions.append(unmasking.filtered(state.x0_hat, solver.filters).float())  # all are kept: half the memory
     where, p = torch.stack(masked), torch.stack(predictions)  # (M, B, L) and (M, B, L, V)
     norms = torch.zeros(len(p), len(p), dtype=torch.float64, device=p.device)
-    products = torch.zeros_like(norms)
+    products, entropies = torch.zeros_like(norms), torch.zeros_like(norms)
     for first in range(0, p.shape[1], _ROWS):  # every pair of nodes by matrix products, some rows at a time in float64
         some, among = p[:, first : first + _ROWS].double(), where[:, first : first + _ROWS].double()
         norms += some.square().sum(-1).flatten(1) @ among.flatten(1).T
+        entropies += torch.special.entr(some).sum(-1).flatten(1) @ among.flatten(1).T
         products += some.flatten(1) @ (some * among[..., None]).flatten(1).T
     places = where.flatten(1).sum(1).clamp(min=1)
-    held, both = (norms / places).triu().cpu().numpy(), (products / places).triu().cpu().numpy()
+    means = [(found / places).triu().cpu().numpy() for found in (norms, products, entropies)]
     masks = where.sum(-1).double().mean(1).cpu().numpy()
-    return _Teacher(fine, masks, np.diagonal(both).copy(), held, both)
+    return _Teacher(fine, masks, *means)

@@ -39,9 +39,10 @@ class LeastSquaresSampler(PointSampler):
 
         (J J^T + damping diag(J J^T)) step = -J r
 
-    say where to go. Where that is better the damping falls threefold and the probing begins anew there; where it is
-    not, the damping rises fourfold. The first descent begins at the best of ``tries`` points next to the best
-    baselines; when it ends, the next one begins at the second best. Choices stay those of the start.
+    say where to go. Where that is better the damping falls threefold, the derivatives are carried along by Broyden's
+    update, and the next step follows. Where it is not, axes are probed anew; a step from fresh probes that is worse is
+    tried again, shorter, with a fourfold damping. The first descent begins at the best of ``tries`` points next to the
+    best baselines; when it ends, the next one begins at the second best. Choices stay those of the start.
 
     The search is run again from its beginning for every trial, with the finished trials as its answers, up to the first
     point that has none: it needs no memory but the rows. A probe that failed, or is still running, leaves its axis as
@@ -57,15 +58,15 @@ class LeastSquaresSampler(PointSampler):
         reach: how far one step may move an axis, as a fraction of it.
         damping: the first damping.
 
-    Reference: Marquardt 1963, "An Algorithm for Least-Squares Estimation of Nonlinear Parameters". Tong et al. 2024,
-        "Learning to Discretize Denoising Diffusion ODEs" (LD3), fit times to the same target by gradient descent.
-    Cost: as many trials as there are axes, and one or two, for every step; a step is worth some ten proposals of a
-        search that sees values alone.
+    Reference: Marquardt 1963, "An Algorithm for Least-Squares Estimation of Nonlinear Parameters"; Broyden 1965, "A
+        Class of Methods for Solving Nonlinear Simultaneous Equations". Tong et al. 2024, "Learning to Discretize
+        Denoising Diffusion ODEs" (LD3), fit times to the same target by gradient descent.
+    Cost: as many trials as there are axes for the derivatives, and one for each of the one to five steps after them.
     """
 
     deviations: Deviations = field(repr=False, kw_only=True)
     rows: int = field(kw_only=True)
-    tries: int = 4
+    tries: int = 8
     probe: float = 0.01
     reach: float = 0.25
     damping: float = 0.01
@@ -107,17 +108,24 @@ class LeastSquaresSampler(PointSampler):
                     moved = self._moved(point, {name: -self.probe})
                 if moved != point and np.isfinite((yield moved)):
                     probes[name] = moved
-            before = loss
-            for _ in range(ATTEMPTS):
-                further = self._moved(point, self._step(point, probes, damping))
-                if further == point:
-                    return
-                found = yield further
-                if found < loss:
-                    point, loss, damping = further, found, max(damping / 3, SMALLEST)
+            path, first = [point], loss
+            while True:
+                before = loss
+                for _ in range(ATTEMPTS):
+                    further = self._moved(point, self._step(path, probes, damping))
+                    if further == point:
+                        return
+                    found = yield further
+                    if found < loss:
+                        point, loss, damping = further, found, max(damping / 3, SMALLEST)
+                        path.append(point)
+                        break
+                    if len(path) > 1:  # derivatives that were carried along, not probed
+                        break
+                    damping *= 4
+                if not loss < before * (1 - LEAST):
                     break
-                damping *= 4
-            if not loss < before * (1 - LEAST):
+            if not loss < first * (1 - LEAST):
                 return
 
     def _moved(self, point: Params, changes: Mapping[str, float]) -> dict[str, Any]:
@@ -129,29 +137,39 @@ class LeastSquaresSampler(PointSampler):
                 moved[name] = point[name] if same(value, point[name]) else value
         return self.space.completed(moved, self.generator("completed"))
 
-    def _step(self, point: Params, probes: Mapping[str, Params], damping: float) -> dict[str, float]:
+    def _step(self, path: Sequence[Params], probes: Mapping[str, Params], damping: float) -> dict[str, float]:
         """How far to move every axis that was probed."""
         if not probes:
             return {}
-        matrix, vector = self._equations(point, probes)
+        matrix, vector = self._equations(path, probes)
         diagonal = np.diag(np.maximum(np.diag(matrix), 1e-12 * matrix.trace()))
         step = np.linalg.lstsq(matrix + damping * diagonal, -vector, rcond=None)[0]
         return dict(zip(probes, np.clip(step, -self.reach, self.reach).tolist(), strict=True))
 
-    def _equations(self, point: Params, probes: Mapping[str, Params]) -> tuple[np.ndarray, np.ndarray]:
+    def _equations(self, path: Sequence[Params], probes: Mapping[str, Params]) -> tuple[np.ndarray, np.ndarray]:
         """J J^T and J r, where row k of J has the derivatives in axis k of all deviations r; float64."""
         kept = _solved.setdefault(self.space, {})
-        key = tuple(key_of(self.space, params) for params in (point, *probes.values()))
+        key = tuple(key_of(self.space, params) for params in (*path, *probes.values()))
         if key not in kept:
-            axes = axes_of(self.space)
-            change = [axes[name].unit(moved[name]) - axes[name].unit(point[name]) for name, moved in probes.items()]
+            change = [self._units(moved, [name])[0] - self._units(path[0], [name])[0] for name, moved in probes.items()]
+            places = [self._units(point, list(probes)) for point in path]
             matrix, vector = np.zeros((len(probes), len(probes))), np.zeros(len(probes))
             for start in range(0, self.rows, ROWS):
                 stop = min(start + ROWS, self.rows)
-                here = self.deviations(point, start, stop).astype(np.float64).ravel()
-                there = [self.deviations(moved, start, stop).ravel() for moved in probes.values()]
-                slopes = (np.stack(there) - here) / np.array(change)[:, None]
+                here = self._off(path[0], start, stop)
+                slopes = np.stack([self._off(moved, start, stop) - here for moved in probes.values()])
+                slopes /= np.array(change)[:, None]
+                for i, point in enumerate(path[1:]):
+                    there, step = self._off(point, start, stop), places[i + 1] - places[i]
+                    slopes += np.outer(step, there - here - step @ slopes) / (step @ step)  # Broyden's update
+                    here = there
                 matrix += slopes @ slopes.T
                 vector += slopes @ here
             kept[key] = matrix, vector
         return kept[key]
+
+    def _units(self, point: Params, names: Sequence[str]) -> np.ndarray:
+        return np.array([axes_of(self.space)[name].unit(point[name]) for name in names])
+
+    def _off(self, point: Params, start: int, stop: int) -> np.ndarray:
+        return self.deviations(point, start, stop).astype(np.float64).ravel()
