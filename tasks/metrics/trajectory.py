@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from tasks.moments import Moments
 from tasks.registry import Spec, features, metrics
+from tasks.row_distance import RowDistance
 from tasks.trajectories import MANY_STEP_SOLVER, MANY_STEPS
-from tasks.types import Rows
 
 NAME, COLUMN = "quality/trajectory_error", "trajectory_distance"
 
 
 @metrics.register("trajectory")
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(RowDistance):
     """Root mean square distance of the samples to the many-step solutions from the same starting noise.
 
     ``sqrt(mean over rows i of d_i^2)`` with d_i the row's own distance (features ``trajectory_distance``). It measures
@@ -41,7 +37,7 @@ class Trajectory:
     times: dict[str, Any] | None = None
 
     better = {NAME: "lower"}
-    paired = True  # its column compares rows with rows, so nothing else may read it
+    value, column = NAME, COLUMN
 
     def __post_init__(self) -> None:
         _ = self.needs()
@@ -49,34 +45,6 @@ class Trajectory:
     def needs(self) -> tuple[Spec, ...]:
         """The distances."""
         return (features.complete({"name": COLUMN, **_fields(self)}),)
-
-    def check(self, model: Any, num_samples: int) -> None:
-        """Any number; the recipe is checked with its companion."""
-
-    def reference(self, model: Any, score: Callable[[Spec, Any, Any], np.ndarray]) -> None:
-        """None needed: every row has its own."""
-
-    def summarize(self, rows: Rows) -> Moments:
-        """Count and mean of the squares."""
-        return Moments.of(_squares(rows))
-
-    def merge(self, a: Moments, b: Moments) -> Moments:
-        """Of both."""
-        return a.merge(b)
-
-    def compute(self, summary: Moments, reference: Any) -> dict[str, float]:
-        """The root of the mean square."""
-        return {NAME: float(np.sqrt(summary.mean[0]))}
-
-    def influence(self, summary: Moments, reference: Any, rows: Rows) -> dict[str, np.ndarray]:
-        """``(d_i^2 - mean) / (2 root)``; none where all distances are 0."""
-        mean = summary.mean[0]
-        effect = _squares(rows)[:, 0] - mean
-        return {NAME: effect / (2.0 * np.sqrt(mean)) if mean > 0 else effect}
-
-
-def _squares(rows: Rows) -> np.ndarray:
-    return np.square(rows[COLUMN].astype(np.float64))
 
 
 def _fields(metric: Trajectory) -> dict[str, Any]:

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tasks import clip_tower
-from tasks.pictures import Preparation, check_picture
+from tasks.clip_reward import CLIPReward
 from tasks.pretrained import Source
-from tasks.prompted import Prompted
 from tasks.registry import rewards
 
 SOURCE = Source(
@@ -21,7 +19,7 @@ SOURCE = Source(
 
 @rewards.register("clip_score")
 @dataclass(frozen=True)
-class CLIPScore(Prompted):
+class CLIPScore(CLIPReward):
     """``100 max(0, cos)`` of the CLIP embeddings of a picture and its prompt.
 
     Values depend on which CLIP it is: report the model with them. Prompts are cut after 77 tokens. Pictures are resized
@@ -37,26 +35,8 @@ class CLIPScore(Prompted):
     Cost: one picture through the vision tower; every prompt once.
     """
 
-    path: str = ""
-    pinned: str = ""
-    prompts: tuple[str, ...] = ()
-
-    differentiable = True
-
-    @property
-    def revision(self) -> str:
-        """Hash of the weights."""
-        return SOURCE.revision(self.path, self.pinned)
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Pictures, prompts, and the weights at hand."""
-        check_picture(shape, "clip_score")
-        self.check_prompts()
-        SOURCE.find(self.path, self.pinned)
+    source = SOURCE
 
     def score(self, samples: Tensor, prompts: list[str]) -> Tensor:
         """(B,)."""
-        place = SOURCE.find(self.path, self.pinned)
-        tower = clip_tower.load(str(place), self.revision, str(samples.device))
-        pixels = Preparation(tower.size)(samples)
-        return 100.0 * tower.cosine(pixels, prompts).clamp(min=0)
+        return 100.0 * self.cosine(samples, prompts).clamp(min=0)

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tasks import clip_tower
-from tasks.pictures import Preparation, check_picture
+from tasks.clip_reward import CLIPReward
 from tasks.pretrained import Source
-from tasks.prompted import Prompted
 from tasks.registry import rewards
 
 SOURCE = Source(
@@ -22,7 +20,7 @@ SOURCE = Source(
 
 @rewards.register("pick_score")
 @dataclass(frozen=True)
-class PickScore(Prompted):
+class PickScore(CLIPReward):
     """``exp(logit_scale) cos`` of the embeddings of a picture and its prompt, by a CLIP-H tuned on what people picked.
 
     Differences of two values are log-odds of being picked, so only those within one prompt mean something. Prompts are
@@ -38,26 +36,8 @@ class PickScore(Prompted):
     Cost: one picture through the vision tower; every prompt once.
     """
 
-    path: str = ""
-    pinned: str = ""
-    prompts: tuple[str, ...] = ()
-
-    differentiable = True
-
-    @property
-    def revision(self) -> str:
-        """Hash of the weights."""
-        return SOURCE.revision(self.path, self.pinned)
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Pictures, prompts, and the weights at hand."""
-        check_picture(shape, "pick_score")
-        self.check_prompts()
-        SOURCE.find(self.path, self.pinned)
+    source = SOURCE
 
     def score(self, samples: Tensor, prompts: list[str]) -> Tensor:
         """(B,)."""
-        place = SOURCE.find(self.path, self.pinned)
-        tower = clip_tower.load(str(place), self.revision, str(samples.device))
-        pixels = Preparation(tower.size)(samples)
-        return tower.network.logit_scale.exp() * tower.cosine(pixels, prompts)
+        return self.tower(str(samples.device)).network.logit_scale.exp() * self.cosine(samples, prompts)
