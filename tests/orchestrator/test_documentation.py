@@ -235,7 +235,9 @@ def _sizes(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=str)
 def test_documented_python_runs(block: Block, folder: Path, solvus: Solvus) -> None:
     if 'open_study("quickstart")' in block.text and "run(" not in block.text:
-        assert solvus("run", "study=tiny", "model=digits_flow", "name=quickstart", *SMALL).code == 0  # in small, what the reader has run
+        assert (
+            solvus("run", "study=tiny", "model=digits_flow", "name=quickstart", *SMALL).code == 0
+        )  # in small, what the reader has run
     done = subprocess.run(
         [sys.executable, "-c", block.text], capture_output=True, text=True, timeout=280, cwd=folder,
         env={**__import__("os").environ, "PYTHONPATH": str(ROOT)},
