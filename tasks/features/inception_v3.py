@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from tasks import inception
+from tasks.inception import InceptionFeatures
 from tasks.registry import features
 
 
 @features.register("inception_v3")
 @dataclass(frozen=True)
-class InceptionV3(inception.InceptionFeatures):
+class InceptionV3(InceptionFeatures):
     """The 2048 pooled activations of the Inception-v3 network with which the FID is defined.
 
     Pictures are rounded to 8 bits and resized to 299 pixels as TensorFlow 1 did, so values compare with those that

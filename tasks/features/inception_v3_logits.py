@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from tasks import inception
+from tasks.inception import InceptionFeatures
 from tasks.registry import features
 
 
 @features.register("inception_v3_logits")
 @dataclass(frozen=True)
-class InceptionV3Logits(inception.InceptionFeatures):
+class InceptionV3Logits(InceptionFeatures):
     """The 1008 class logits of the same Inception-v3 network, without bias, for the inception score.
 
     Pictures are rounded to 8 bits and resized to 299 pixels as TensorFlow 1 did, so values compare with those that

@@ -93,7 +93,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tracked")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.3")
+        patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
         argv = ["run", "study=tiny", "model=digits_flow", "metrics=[{name: kid, features: identity}]",
                 f"root={root}", "question=Which sampler is best?", "search.space={solver:[ddim,dpmpp_2m],nfe:[2,3]}",
                 "num_samples=16", "batch_size=16", "shard_size=16", "tracker.pictures=6",
