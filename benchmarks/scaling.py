@@ -107,7 +107,7 @@ def actor(quick: bool) -> list[Figure]:
 
     recipe = fitted("digits", "fk_steering", 64)
     assert recipe.reward is not None
-    count = 32 if quick else 128
+    count = 32 if quick else 512
     pool = RayExecutor(workers=1, cpus=0.0, reward_actor={"num_cpus": 1}).start()
     try:
 
@@ -115,7 +115,7 @@ def actor(quick: bool) -> list[Figure]:
             return ServedReward(spec, texts, {"num_cpus": 0})
 
         ratios = []
-        for attempt in range(3 if quick else 9):
+        for attempt in range(3 if quick else 5):
             low = attempt * count  # fresh rows: nothing that the actor remembers
             made, seconds = {}, {}
             for place, how in (
