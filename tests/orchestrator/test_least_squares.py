@@ -86,6 +86,17 @@ def test_a_step_that_is_worse_is_damped_until_one_is_better_or_the_descent_ends(
     assert moved == sorted(moved, reverse=True) and moved[-1] < 0.5 * moved[0]
 
 
+def test_a_point_whose_rows_are_not_all_there_ends_its_descent_and_the_next_start_follows() -> None:
+    space = Space(PLANE)
+
+    def gone(params: Params, start: int, stop: int) -> np.ndarray:
+        raise KeyError("rows from 0 are not in the store")
+
+    sampler = LeastSquaresSampler(space, 0, deviations=gone, rows=300, tries=2)
+    tried = drive(space, sampler, 9, squares(space, 0.0)[1])
+    assert len({key_of(space, params) for params in tried}) == 9  # start, six probes, then points that nobody tried
+
+
 def test_choices_are_those_of_the_start_and_spaced_numbers_are_moved_by_a_space() -> None:
     data = {"c": ["a", "b"], "x": {"low": 0.0, "high": 1.0}, "n": {"low": 1, "high": 9}}
     space = Space(data)

@@ -141,7 +141,10 @@ class LeastSquaresSampler(PointSampler):
         """How far to move every axis that was probed."""
         if not probes:
             return {}
-        matrix, vector = self._equations(path, probes)
+        try:
+            matrix, vector = self._equations(path, probes)
+        except KeyError:  # rows in quarantine: without them nothing can be compared, so this descent ends
+            return {}
         diagonal = np.diag(np.maximum(np.diag(matrix), 1e-12 * matrix.trace()))
         step = np.linalg.lstsq(matrix + damping * diagonal, -vector, rcond=None)[0]
         return dict(zip(probes, np.clip(step, -self.reach, self.reach).tolist(), strict=True))
