@@ -46,7 +46,8 @@ NOT_RUN = {
     "executor=ray": "needs a cluster of its own; tests/orchestrator/test_ray.py starts one",
     "cluster=": "starts Ray; tests/orchestrator/test_ray.py does",
     "FOLDER": "a folder of the reader's; tests/tasks and tests/orchestrator read small ones",
-    "OWNER/NAME": "a model on the hub", "/data/": "weights of the reader's", "executor=": "another executor",
+    "OWNER/NAME": "a model on the hub", "/data/": "weights of the reader's", ".pkl": "weights of the reader's",
+    "executor=": "another executor",
     "study=NAME": "a study of the reader's", " NAME": "a study of the reader's", " A ": "two studies of the reader's",
     "…": "says what may stand there",
 }  # fmt: skip
