@@ -45,10 +45,11 @@ NOT_RUN = {
     "metrics_port": "opens a port for Prometheus; the tests of Prometheus read from one",
     "executor=ray": "needs a cluster of its own; tests/orchestrator/test_ray.py starts one",
     "cluster=": "starts Ray; tests/orchestrator/test_ray.py does",
+    "study=tokens": "takes long; tests/orchestrator/test_token_space.py plans every trial of it",
     "FOLDER": "a folder of the reader's; tests/tasks and tests/orchestrator read small ones",
     "OWNER/NAME": "a model on the hub", "/data/": "weights of the reader's", ".pkl": "weights of the reader's",
     "executor=": "another executor",
-    "study=NAME": "a study of the reader's", " NAME": "a study of the reader's", " A ": "two studies of the reader's",
+    "=NAME": "a study of the reader's", " NAME": "a study of the reader's", " A ": "two studies of the reader's",
     "…": "says what may stand there",
 }  # fmt: skip
 # Sizes with which a documented study is run here: it must work, not tell anything.
