@@ -13,6 +13,8 @@
       kappa: {low: 0.0, high: 1.0}
       time_shift: {low: -0.3, high: 0.3}  # the network is told another time, by this share of the step
       call: [model, noise]            # of the first step; noise costs nothing, so the run has a step more
+      weights: {low: -2, high: 2}     # instead of all from order to kappa: free weights of the first state and of every
+                                      # prediction so far, in the form of ``prediction``; (n^2 + 3 n) / 2 axes
       skip: 8                         # how many of the network's blocks may be left out, each step for itself
 
 Every point is a schedule that can run: what is impossible where a step stands (an order without history, a corrector
@@ -20,7 +22,8 @@ before the end, an expansion at an infinite log-SNR) becomes the nearest that is
 the node before, so changing one leaves all earlier steps as they were.
 
 Reference: Liu et al. 2024, "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models" (the
-decisions of a step).
+decisions of a step); Shaul et al. 2024, "Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow Models"
+(free weights).
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks import registry
-from tasks.adapt import possible
+from tasks.adapt import possible, weighted
 from tasks.coefficients import Update, relaxation
 from tasks.integrator import Plan
 from tasks.recipe import Recipe
@@ -49,6 +52,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "relax": RELAXATIONS, "corrector": CORRECTORS, "call": CALLS[:2],
 }  # fmt: skip
 NUMBERS = ("scale", "scale2", "kappa", "time_shift")
+UNWEIGHTED = ("order", "variable", "points", "relax", "corrector", "call", "scale", "scale2", "kappa")
 DEFAULTS: dict[str, Any] = {
     "order": 2, "prediction": "x0", "variable": "lam", "points": "full", "relax": "none", "corrector": "none",
     "call": "model", "scale": 1.0, "scale2": 1.0, "kappa": 0.0,
@@ -72,7 +76,7 @@ class ScheduleSpace:
     def __init__(self, data: Any, recipe: Recipe, parse: Callable[[str, Any], Axis]) -> None:
         if not isinstance(data, Mapping):
             raise ValueError(f"search.space.schedule must be a mapping, for example {{times: free}}, got {data!r}.")
-        known = ["nfe", "times", *WORDS, *NUMBERS, "skip"]
+        known = ["nfe", "times", *WORDS, *NUMBERS, "weights", "skip"]
         for key in data:
             if key not in known:
                 raise unknown("field of search.space.schedule:", key, known, "Fields")
@@ -94,6 +98,7 @@ class ScheduleSpace:
         for key in (*WORDS, *NUMBERS):
             if key in data:
                 self._take(key, data[key])
+        self._weights = self._take_weights(data)
         self._times = self._take_times(data.get("times", "free"))
         self.skip = self._take_skip(data.get("skip", 0), recipe)
         self._longest = max(self.nfes) + ("noise" in self._values("call"))
@@ -128,6 +133,20 @@ class ScheduleSpace:
             self._fixed[key] = float(value)
         else:
             raise ValueError(f"search.space.schedule.{key} must be a number or {{low, high}}, got {value!r}.")
+
+    def _take_weights(self, data: Mapping[str, Any]) -> Any:
+        """The interval of every weight; None where steps are expansions."""
+        if (value := data.get("weights")) is None:
+            return None
+        if not isinstance(value, Mapping) or self._parse("schedule.weights", value).choices is not None:
+            raise ValueError(f"search.space.schedule.weights must be {{low, high}}, got {value!r}.")
+        for key in (*UNWEIGHTED, *(["prediction"] if "prediction" in self._axes else [])):
+            if key in data and (key in self._axes or self._fixed[key] != DEFAULTS[key]):
+                raise ValueError(
+                    f"search.space.schedule.weights say all of a step in one prediction, so {key} cannot be "
+                    f"{data[key]!r}. Leave {'only one' if key == 'prediction' else 'it out, or leave weights out'}."
+                )
+        return value
 
     def _take_times(self, value: Any) -> Any:
         """``free``, or the spec of a grid whose fields may be intervals."""
@@ -169,6 +188,8 @@ class ScheduleSpace:
         while spent < nfe:
             i = len(made)
             step: dict[str, Any] = {}
+            if self._weights is not None:
+                step["weights"] = tuple(ask(self._parse(f"weight.{i}.{j}", self._weights)) for j in range(i + 2))
             for key in WORDS:
                 step[key] = self._ask_word(ask, key, i)
             step["scale"] = self._ask_number(ask, "scale", i, i > 0 and step["order"] > 1)
@@ -239,6 +260,10 @@ class ScheduleSpace:
         points = (
             tuple(tuple(-j for j in range(1, d + 1)) for d in range(1, order)) if chosen["points"] == "near" else None
         )
+        if self._weights is not None:
+            step = Step(prediction=prediction, variable=variable, start=i + 1, weights=chosen["weights"],
+                        time_shift=chosen["time_shift"])  # fmt: skip
+            return replace(step, skip=chosen.get("skip", 0))
         step = Step(
             order,
             prediction,
@@ -260,6 +285,8 @@ class ScheduleSpace:
     def reader(self, data: Any) -> Callable[[Axis], Any]:
         """What a given schedule answers to each axis; KeyError for what it cannot say."""
         schedule = SolverSchedule.from_data(data)
+        if self._weights is not None:
+            schedule = self._weighted(schedule)
 
         def read(axis: Axis) -> Any:
             head, _, place = axis.name.partition(".")
@@ -267,12 +294,14 @@ class ScheduleSpace:
                 return schedule.nfe
             if head == "times":
                 raise KeyError(axis.name)
-            i = int(place)
+            i = int(place.partition(".")[0])
             if i >= len(schedule.steps):
                 raise KeyError(axis.name)
             if head == "ratio":
                 return schedule.times[i] / schedule.times[i - 1]
             step = schedule.steps[i]
+            if head == "weight":
+                return step.weights[int(place.partition(".")[2])]
             if head in ("scale", "scale2") and step.order < (2 if head == "scale" else 3):
                 return 0.0  # where the space fixes a higher order
             if head == "scale":
@@ -290,19 +319,28 @@ class ScheduleSpace:
                 return step.skip
             return getattr(step, head)
 
-        if any(step.start > 1 for step in schedule.steps):
+        if any(step.start > 1 and not step.weights for step in schedule.steps):
             raise KeyError("singlestep blocks are no points of a space of steps")
         if len(schedule.steps) > self._longest or schedule.nfe not in self.nfes:
             raise KeyError("another number of evaluations")
         return read
+
+    def _weighted(self, schedule: SolverSchedule) -> SolverSchedule:
+        prediction = self._fixed["prediction"]
+        if all(step.weights and step.prediction == prediction for step in schedule.steps):
+            return schedule
+        try:
+            return weighted(self.process, schedule, prediction)
+        except ValueError as error:
+            raise KeyError(str(error)) from None
 
     def equal(self, data: Any, other: SolverSchedule) -> bool:
         """Whether a schedule, as data, does the same as another one, up to rounding."""
         one, two = (Plan(self.process, found) for found in (SolverSchedule.from_data(data), other))
         if len(one.steps) != len(two.steps) or not np.allclose(one.times, two.times, rtol=1e-9, atol=0):
             return False
-        if [(s.corrector, s.call, s.prediction, s.skip, s.time_shift) for s in one.steps] != [
-            (s.corrector, s.call, s.prediction, s.skip, s.time_shift) for s in two.steps
+        if [(s.corrector, s.call, s.prediction, s.skip, s.time_shift, bool(s.weights)) for s in one.steps] != [
+            (s.corrector, s.call, s.prediction, s.skip, s.time_shift, bool(s.weights)) for s in two.steps
         ]:
             return False
         return all(
@@ -333,6 +371,9 @@ class ScheduleSpace:
             for key, first in (("scale", 1), ("scale2", 2), ("kappa", 0), ("time_shift", 0)):
                 if key in self._axes and i >= first:
                     found[f"{key}.{i}"] = self._parse(f"{key}.{i}", self._axes[key])
+            if self._weights is not None:
+                for j in range(i + 2):
+                    found[f"weight.{i}.{j}"] = self._parse(f"weight.{i}.{j}", self._weights)
             if self.skip:
                 found[f"skip.{i}"] = self._parse(f"skip.{i}", {"low": 0, "high": 2**self.skip - 1})
             if i and "name" not in self._times:

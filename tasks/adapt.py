@@ -1,4 +1,4 @@
-"""Schedules made to fit: what cannot run becomes the nearest that can; onto another process; to another cost."""
+"""Schedules made to fit: the nearest that can run; onto another process; to another cost; in plain weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from tasks import integrator
 from tasks.coefficients import highest_order, is_usable
-from tasks.schedule import SolverSchedule, Step
+from tasks.integrator import Plan
+from tasks.schedule import SolverSchedule, Step, evaluations
+from tasks.types import State
 
 
 def possible(process: Any, times: Sequence[float], wanted: Sequence[Step]) -> SolverSchedule:
@@ -28,6 +33,8 @@ def possible(process: Any, times: Sequence[float], wanted: Sequence[Step]) -> So
 
 
 def _possible(process: Any, times: Sequence[float], step: Step, i: int, last: bool) -> Step:
+    if step.weights:
+        return step
     t, end = times[i], times[i + 1]
     variable, kappa, corrector = step.variable, step.kappa, "none" if last else step.corrector
     if step.prediction == "v":
@@ -61,9 +68,13 @@ def moved(schedule: SolverSchedule, source: Any, target: Any) -> SolverSchedule:
     """The same schedule on another process: every node goes to where the target has the same log-SNR.
 
     The ends stay at pure noise and at the data; nodes beyond the target's range of log-SNR are spread within it.
+
+    Raises:
+        ValueError: weights of its steps belong to its own process.
     """
     if source == target:
         return schedule
+    _refuse_weights(schedule, "process")
     times = [schedule.times[0]]
     count = len(schedule.steps)
     for i, t in enumerate(schedule.times[1:-1], 1):
@@ -80,10 +91,11 @@ def resampled(schedule: SolverSchedule, nfe: int, process: Any) -> SolverSchedul
     covers the same fraction; the last step stays the last. Implicit correctors are taken away until the cost fits.
 
     Raises:
-        ValueError: no such schedule spends that many evaluations.
+        ValueError: no such schedule spends that many evaluations, or weights of its steps belong to its own nodes.
     """
     if nfe == schedule.nfe:
         return schedule
+    _refuse_weights(schedule, "number of evaluations")
     count = len(schedule.steps)
     for num_steps in range(1, nfe + 2):
         times, steps = [schedule.times[0]], []
@@ -102,3 +114,45 @@ def resampled(schedule: SolverSchedule, nfe: int, process: Any) -> SolverSchedul
         if found.nfe == nfe:
             return replace(found, note=schedule.note)
     raise ValueError(f"a schedule of {schedule.nfe} evaluations cannot be made to spend {nfe}. Choose another number.")
+
+
+def _refuse_weights(schedule: SolverSchedule, what: str) -> None:
+    if any(step.weights for step in schedule.steps):
+        raise ValueError(
+            f"the schedule's steps have free weights, which hold for its own nodes alone: it has no form for another "
+            f"{what}. Use it as it is, or search one without weights (space=velocity)."
+        )
+
+
+def weighted(process: Any, schedule: SolverSchedule, prediction: str) -> SolverSchedule:
+    """The same schedule with every step as weights of the first state and of all predictions so far.
+
+    The states of an explicit deterministic schedule are sums of its first state and of its predictions, whatever it
+    expands in what; the sums are found by running it on vectors of their coefficients.
+
+    Args:
+        process: the noising process.
+        schedule: evaluates the network once a step.
+        prediction: of the new steps.
+
+    Raises:
+        ValueError: fresh noise, or a step that evaluates twice or not at all.
+    """
+    if schedule.stochastic or any(evaluations(step) != 1 or step.call != "model" for step in schedule.steps):
+        raise ValueError("only a deterministic schedule that evaluates the network once a step can be said in weights.")
+    plain = replace(schedule, steps=tuple(replace(step, time_shift=0.0, skip=0) for step in schedule.steps))
+    plan = Plan(process, plain)
+    count = len(schedule.steps)
+    state = State(torch.eye(count + 1, dtype=torch.float64)[:1], None, integrator.start(plan))
+    steps: list[Step] = []
+    for i, step in enumerate(schedule.steps):
+        f = torch.eye(count + 1, dtype=torch.float64)[i + 1 : i + 2]
+        alpha, sigma = plan.alpha[i], plan.sigma[i]
+        state = integrator.predict(plan, i, state, integrator.to_x0(prediction, state.x, f, alpha, sigma))
+        steps.append(
+            Step(
+                prediction=prediction, variable="u" if prediction == "v" else "lam", start=i + 1,
+                weights=tuple(state.x[0, : i + 2].tolist()), time_shift=step.time_shift, skip=step.skip,
+            )
+        )  # fmt: skip
+    return replace(schedule, steps=tuple(steps))

@@ -111,6 +111,11 @@ def update(process: Any, step: Step, times: dict[int, float], s: float, correcti
         s: where the step ends.
         correcting: the update that a corrector makes, with the evaluation at the end as one more point.
     """
+    if step.weights:
+        if step.prediction == "v":
+            angle(process, times[0])  # refuses a process that has no such form
+        carry, *others = step.weights
+        return Update(carry, tuple(enumerate(others)), 0.0, sum(others))
     t = times[0]
     limit = highest_order(process, step, t, s)
     if limit == 1:

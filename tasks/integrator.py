@@ -56,7 +56,7 @@ class Plan:
         # At alpha = 0 the noise form is infinite; its first-order step is the one that all forms share.
         self.steps = tuple(
             replace(step, prediction="x0", variable="lam")
-            if step.prediction == "eps" and step.order == 1 and process.alpha(t) == 0
+            if step.prediction == "eps" and step.order == 1 and not step.weights and process.alpha(t) == 0
             else step
             for step, t in zip(schedule.steps, schedule.times, strict=False)
         )
@@ -128,6 +128,15 @@ def convert(step: Step, x: Tensor, x0: Tensor, alpha: float, sigma: float) -> Te
         return eps
     # The velocity of a flow is eps - x0; along the angle of a VP process it is alpha eps - sigma x0.
     return eps - x0 if abs(alpha + sigma - 1.0) < 1e-9 else alpha * eps - sigma * x0
+
+
+def to_x0(prediction: str, x: Tensor, f: Tensor, alpha: float, sigma: float) -> Tensor:
+    """The clean prediction of one in another form: ``convert`` the other way round."""
+    if prediction == "x0":
+        return f
+    if prediction == "eps":
+        return (x - sigma * f) / alpha
+    return x - sigma * f if abs(alpha + sigma - 1.0) < 1e-9 else alpha * x - sigma * f
 
 
 def run_group(model: Conditioned, state: State, noise: Noise, hooks: Sequence[Any] = (), s_noise: float = 1.0) -> State:

@@ -15,6 +15,7 @@ Reference: Liu et al. 2024, "A Unified Sampling Framework for Solver Searching o
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -58,6 +59,10 @@ class Step:
         time_shift: the network is told ``t - time_shift (t - s)`` instead of t, between -0.5 and 0.5; its answer is
             taken as a velocity, and that is kept at t (Tong et al. 2024, "Learning to Discretize Denoising Diffusion
             ODEs", decoupled times).
+        weights: the whole step as plain numbers instead of an expansion: ``x_s = weights[0] x_b + sum_j weights[1 + j]
+            f_j`` over the predictions f_j from the base on, oldest first, so ``start`` + 1 numbers. With the base at
+            the run's first state (``start`` = step + 1) any explicit solver can be said so (Shaul et al. 2024,
+            "Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow Models").
     """
 
     order: int = 1
@@ -73,6 +78,7 @@ class Step:
     call: str = "model"
     skip: int = 0
     time_shift: float = 0.0
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -115,6 +121,21 @@ class Step:
             raise ValueError(
                 f"a step of order {self.order} has {self.order - 1} derivatives to scale, got {self.scale}."
             )
+        if self.weights:
+            self._check_weights()
+
+    def _check_weights(self) -> None:
+        for name, plain in (("order", 1), ("relax", "none"), ("corrector", "none"), ("kappa", 0.0), ("churn", 0.0)):
+            if getattr(self, name) != plain:
+                raise ValueError(
+                    f"a step with weights says all of itself by them, so its {name} must be {plain}, got "
+                    f"{getattr(self, name)}."
+                )
+        if len(self.weights) != self.start + 1 or not all(map(math.isfinite, self.weights)):
+            raise ValueError(
+                f"a step with start {self.start} has {self.start + 1} finite weights, of its base and of every "
+                f"prediction from there on, got {list(self.weights)}."
+            )
 
     @property
     def stencil(self) -> tuple[tuple[int, ...], ...]:
@@ -152,11 +173,13 @@ class Step:
 
     def __str__(self) -> str:
         name = {"x0": "data", "eps": "noise", "v": "velocity"}[self.prediction]
-        words = [f"order {self.order}", f"{name} prediction"]
+        words = [f"order {self.order}" if not self.weights else "free weights", f"{name} prediction"]
         if self.order > 1 or self.corrector != "none":
             words.append(f"in {_WORDS[self.variable]}")
         if self.start > 1:
             words.append(f"from the state of {self.start - 1} evaluations ago")
+        if self.weights:
+            words.append("weights " + ", ".join(f"{w:.3g}" for w in self.weights))
         if self.points is not None:
             words.append("derivatives from " + "; ".join(",".join(f"{p:+d}" for p in g) for g in self.points))
         if self.scale:
@@ -183,7 +206,7 @@ _WORDS = {"lam": "log-SNR", "rho": "sigma / alpha", "t": "time", "u": "angle or 
 _TYPES: dict[str, Any] = {
     "order": int, "prediction": str, "variable": str, "start": int, "points": tuple[tuple[int, ...], ...] | None,
     "scale": tuple[float, ...], "relax": str, "corrector": str, "kappa": float, "churn": float, "call": str,
-    "skip": int, "time_shift": float,
+    "skip": int, "time_shift": float, "weights": tuple[float, ...],
 }  # fmt: skip
 
 

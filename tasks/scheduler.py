@@ -503,6 +503,11 @@ def shortened(schedule: SolverSchedule, first: int) -> SolverSchedule:
         try:
             check_step(j, len(rest), step)
         except ValueError:
+            if step.weights:
+                raise ValueError(
+                    f"step {first + j} has weights of what came before step {first}, so a run cannot begin there. "
+                    "Begin at the first step (strength 1), or use a schedule without weights."
+                ) from None
             order = min(step.order, j + 1)
             step = replace(step, order=order, start=1, points=None, scale=step.scale[: order - 1])
         steps.append(step)

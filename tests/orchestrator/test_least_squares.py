@@ -126,10 +126,10 @@ def test_least_squares_refuses_what_it_cannot_read(more: dict[str, Any], message
         searches.build({"name": "least_squares", "space": PLANE} | more)
 
 
-def test_least_squares_halves_a_trajectory_error_and_reads_what_the_metric_measured(tmp_path: Path) -> None:
+def test_least_squares_lowers_a_trajectory_error_and_reads_what_the_metric_measured(tmp_path: Path) -> None:
     """As a user runs it."""
     found = run(
-        "model=gmm", "name=ls", "nfe=5", "search=least_squares", "space=trajectory", "search.num_trials=40",
+        "model=gmm", "name=ls", "nfe=5", "search=least_squares", "space=trajectory", "search.num_trials=60",
         "search.baselines=[{solver: {name: unified, preset: unipc}}]", "search.held_out=0", "num_samples=64",
         "shard_size=64", "batch_size=64", "search.racing={start: 16}", "metrics=[{name: trajectory, num_steps: 32}]",
         "tracker=none",
@@ -137,7 +137,7 @@ def test_least_squares_halves_a_trajectory_error_and_reads_what_the_metric_measu
     )  # fmt: skip
     trials = found.trials().to_pylist()
     values = [trial["value/quality/trajectory_error"] for trial in trials]
-    assert min(values) < 0.7 * values[0] and [trial["state"] for trial in trials] == ["complete"] * 41
+    assert min(values) < 0.7 * values[0] and [trial["state"] for trial in trials] == ["complete"] * 61
     assert {trial["num_samples"] for trial in trials} == {64}  # a baseline without a rival, and proposals do not race
 
     study = config.study(found.config)

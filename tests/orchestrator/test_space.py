@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from orchestrator.baselines import listed, stock
 from orchestrator.config import files_of
 from orchestrator.space import Space, parse_axis
+from tasks.adapt import weighted
 from tasks.presets import PRESETS
 from tasks.recipe import Recipe
 from tasks.schedule import SolverSchedule
@@ -120,6 +121,40 @@ def test_presets_are_points_of_the_space(model: str, preset: str) -> None:
     point = space.encode({"schedule": json.loads(wanted.to_json())})
     assert point is not None and space.schedule is not None
     assert space.schedule.equal(space.decode(point)["schedule"], wanted)
+
+
+@pytest.mark.parametrize("model", ["gmm", "digits_flow"])
+@pytest.mark.parametrize("preset", ["dpmpp_2m", "unipc", "dpmpp_2s", "f_pndm", "deis"])
+def test_any_explicit_preset_has_a_point_in_a_space_of_weights(model: str, preset: str) -> None:
+    data = {"prediction": "v", "weights": {"low": -2.0, "high": 2.0}, "time_shift": {"low": -0.3, "high": 0.3}}
+    space = Space({"schedule": data}, recipe(model))
+    assert len(space.axes) == 20 + 4 + 5
+    base = recipe(model).override({"solver": {"name": "unified", "preset": preset}, "nfe": 5})
+    process = base.parts.model.noising
+    wanted = base.parts.solver.schedule(process, base.grid[0])
+    point = space.encode({"schedule": json.loads(wanted.to_json())})
+    assert point is not None and space.schedule is not None
+    made = SolverSchedule.from_data(space.decode(point)["schedule"])
+    exact = weighted(process, wanted, "v")
+    assert np.allclose(made.times, wanted.times, atol=1e-12)
+    assert all(np.allclose(a.weights, b.weights, atol=1e-12) for a, b in zip(made.steps, exact.steps, strict=True))
+    assert not space.schedule.equal(space.decode(point)["schedule"], wanted)  # another recipe, with rows of its own
+    assert space.schedule.equal(space.decode(space.encode(space.decode(point)) or {})["schedule"], made)
+    assert space.encode({"schedule": {"times": [1, 0.5, 0], "steps": [{"corrector": "implicit"}, {}]}}) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"weights": 1.0}, r"search.space.schedule.weights must be {low, high}, got 1.0"),
+        ({"weights": {"low": -1, "high": 1.0}, "order": [1, 2]}, r"so order cannot be \[1, 2\]. Leave it out"),
+        ({"weights": {"low": -1, "high": 1.0}, "scale": 0.5}, "so scale cannot be 0.5"),
+        ({"weights": {"low": -1, "high": 1.0}, "prediction": ["x0", "v"]}, r"prediction cannot be .*Leave only one"),
+    ],
+)
+def test_weights_beside_what_they_say_themselves_are_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Space({"schedule": data}, recipe())
 
 
 def test_a_grid_whose_fields_are_searched_needs_few_axes() -> None:

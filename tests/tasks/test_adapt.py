@@ -1,4 +1,4 @@
-"""Schedules on other processes and at other costs: possible, exact where nothing changes, at the cost asked for."""
+"""Schedules on other processes, at other costs, in weights: exact where nothing changes, at the cost asked for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.adapt import moved, possible, resampled
+from tasks import integrator
+from tasks.adapt import moved, possible, resampled, weighted
 from tasks.integrator import Plan
 from tasks.processes import EDM, VP, Flow
 from tasks.recipe import Recipe
-from tasks.schedule import Step
+from tasks.schedule import SolverSchedule, Step
+from tasks.types import State
 
 STEPS = st.builds(
     lambda order, prediction, corrector, kappa: Step(
@@ -97,3 +99,69 @@ def test_a_grid_beyond_the_targets_range_is_spread_within_it() -> None:
     target = EDM(sigma_min=0.5, sigma_max=2.0)
     there = moved(found, source, target)
     assert all(a > b for a, b in zip(there.times, there.times[1:], strict=False))
+
+
+# --- in weights ------------------------------------------------------------------------------------------------------
+
+
+class Bent:
+    """A network that is no function of its process."""
+
+    def __init__(self, process: Any) -> None:
+        self.process = process
+        self.told: list[float] = []
+        self._matrix = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def denoise(self, x: torch.Tensor, t: float) -> torch.Tensor:
+        self.told.append(t)
+        return torch.tanh(x @ self._matrix + t)
+
+
+def end_of(process: Any, made: SolverSchedule) -> tuple[torch.Tensor, list[float]]:
+    """Where eight rows end, and the times that the network was told."""
+    model, plan = Bent(process), Plan(process, made)
+    x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    state = State(x, None, integrator.start(plan))
+    for _ in made.steps:
+        state = integrator.run_group(model, state, None)  # type: ignore[arg-type]
+    return state.x, model.told
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize("model", ["digits", "digits_flow"])
+@pytest.mark.parametrize(
+    "preset",
+    ["ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpm_solver_2", "deis", "unipc", "unipc_bh1", "f_pndm", "velocity_2m"],
+)
+def test_any_explicit_solver_is_the_same_in_weights(preset: str, model: str, prediction: str) -> None:
+    found, process = schedule(preset, model)
+    made = weighted(process, found, prediction)
+    assert all(step.weights and step.prediction == prediction for step in made.steps) and made.nfe == found.nfe
+    (expected, times), (ends, told) = end_of(process, found), end_of(process, made)
+    torch.testing.assert_close(ends, expected, rtol=1e-9, atol=1e-10)
+    assert told == times
+    if preset != "ddim":
+        assert (ends - end_of(process, schedule("ddim", model)[0])[0]).abs().max() > 1e-3
+
+
+def test_weights_keep_what_the_network_is_told() -> None:
+    found, process = schedule("velocity_2m", "digits_flow")
+    shifted = SolverSchedule(found.times, tuple(Step(1, "v", "u", time_shift=0.2) for _ in found.steps))
+    (expected, times), (ends, told) = end_of(process, shifted), end_of(process, weighted(process, shifted, "v"))
+    torch.testing.assert_close(ends, expected, rtol=1e-9, atol=1e-10)
+    assert told == times and told[1] < found.times[1]
+
+
+def test_what_is_not_explicit_is_refused_in_weights_and_weights_elsewhere() -> None:
+    found, process = schedule("heun")
+    with pytest.raises(ValueError, match="only a deterministic schedule that evaluates the network once a step"):
+        weighted(process, found, "v")
+    found, process = schedule("dpmpp_2m")
+    made = weighted(process, found, "v")
+    assert possible(process, made.times, made.steps).steps == made.steps and resampled(made, made.nfe, process) is made
+    with pytest.raises(ValueError, match="free weights.*no form for another process"):
+        moved(made, process, Flow())
+    with pytest.raises(ValueError, match="free weights.*no form for another number of evaluations"):
+        resampled(made, 4, process)
+    with pytest.raises(ValueError, match="prediction v needs a VP process or a flow, not EDM"):
+        Plan(EDM(), made)

@@ -198,6 +198,11 @@ WRONG_STEPS = [
     ),
     ({"scale": (1.0,)}, "a step of order 1 has 0 derivatives to scale, got \\(1\\.0,\\)"),
     ({"order": 2, "scale": (1.0, 2.0)}, "a step of order 2 has 1 derivatives to scale"),
+    ({"weights": (1.0, 0.5), "order": 2}, "weights says all of itself by them, so its order must be 1, got 2"),
+    ({"weights": (1.0, 0.5), "corrector": "pseudo"}, "its corrector must be none, got pseudo"),
+    ({"weights": (1.0, 0.5), "kappa": 1.0}, "its kappa must be 0\\.0, got 1\\.0"),
+    ({"weights": (1.0, 0.5), "start": 2}, "a step with start 2 has 3 finite weights.*got \\[1\\.0, 0\\.5\\]"),
+    ({"weights": (1.0, math.inf)}, "a step with start 1 has 2 finite weights.*got \\[1\\.0, inf\\]"),
 ]
 
 
@@ -368,6 +373,14 @@ def test_read_aloud_says_every_choice():
         "  4 |........................========| 0.2500 -> 0.0000  order 2, data prediction, in log-SNR, from the state "
         "of 1 evaluations ago, stochastic with kappa 0.25, after raising the noise by 5 %, with the last prediction",
     ]
+
+
+def test_a_step_of_weights_says_them_and_survives_json():
+    step = Step(prediction="v", variable="u", start=2, weights=(1.0, 0.25, -0.5))
+    made = SolverSchedule((1.0, 0.5, 0.0), (Step(prediction="v", variable="u"), step))
+    assert SolverSchedule.from_json(made.to_json()) == made
+    words = made.read_aloud().splitlines()[2]
+    assert "free weights, velocity prediction" in words and "weights 1, 0.25, -0.5" in words
 
 
 def test_read_aloud_with_a_process_says_log_snr():

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
 from tasks import registry
+from tasks.adapt import weighted
 from tasks.models.gmm import GMM
 from tasks.noise import RowNoise
 from tasks.presets import PRESETS
@@ -408,6 +409,18 @@ def test_a_run_that_begins_later_equals_one_over_the_rest_of_the_schedule(digits
     assert scheduler.begin_index == k
     torch.testing.assert_close(loop(scheduler, digits, x, scheduler.timesteps[k:]), expected)
     assert rest.steps[0].order == 1 and torch.isfinite(expected).all()
+
+
+def test_a_schedule_in_weights_steps_a_stock_loop_but_cannot_begin_later(digits):
+    scheduler = scheduler_of(digits.process, preset="unipc")
+    scheduler.set_timesteps(5)
+    made = weighted(digits.process, scheduler.solver_schedule, "v")
+    x = torch.randn(ROWS, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    other = scheduler_of(digits.process, schedule=json.loads(made.to_json()))
+    other.set_timesteps()
+    torch.testing.assert_close(loop(other, digits, x), loop(scheduler, digits, x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="step 2 has weights of what came before step 2.*strength 1"):
+        shortened(made, 2)
 
 
 def test_a_repeated_timestep_is_the_start_of_a_step_when_a_run_begins_there():

@@ -67,7 +67,7 @@ class LeastSquaresSampler(PointSampler):
     deviations: Deviations = field(repr=False, kw_only=True)
     rows: int = field(kw_only=True)
     tries: int = 8
-    probe: float = 0.01
+    probe: float = 0.003
     reach: float = 0.25
     damping: float = 0.01
 

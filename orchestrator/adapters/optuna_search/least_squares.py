@@ -37,7 +37,7 @@ class LeastSquares(OptunaSpec):
     """
 
     objective: str = OBJECTIVE
-    probe: float = 0.01
+    probe: float = 0.003
 
     races_proposals: ClassVar[bool] = False
 
