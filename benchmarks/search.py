@@ -200,7 +200,7 @@ def trajectory(models: Iterable[str], nfes: Iterable[int], seeds: int, kept: Kep
             for nfe in nfes:
                 key = {"part": "trajectory", "model": model, "nfe": nfe, "seed": seed}
                 if kept.find(**key) is None:
-                    found = searched(model, nfe, seed, TRAJECTORY, 4 * trials, kept.folder / model, 1024)
+                    found = searched(model, nfe, seed, TRAJECTORY, 3 * trials, kept.folder / model, 1024)
                     kept.add(key | found)
                     show(key, found)
 

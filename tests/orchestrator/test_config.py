@@ -157,6 +157,10 @@ REFUSED: list[tuple[list[str], str]] = [
     (["nfe=0"], "nfe must be a whole number of at least 1"),
     (["nfe=few"], "nfe must be a whole number"),
     (["metrics=frechet"], r"metrics must be a list"),
+    (
+        ["study=tokens", "search.num_trials=5"],
+        r"the study's search has no field 'num_trials'; it is one of search=.*tpe.*search.parts.0.num_trials=VALUE",
+    ),
     (["metrics=[frechte]"], "unknown metric 'frechte', did you mean 'frechet'"),
     (["metrics=[3]"], "metric"),
     (["price_per_device_hour=free"], "price_per_device_hour"),
