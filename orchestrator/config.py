@@ -208,8 +208,8 @@ def _explain(error: Exception, chosen: dict[str, str]) -> str:
         known = sorted({name for plugin in names for name in EVERY[group].defaults(plugin)} - {"name"})
         if owners := [plugin for plugin in names if field in EVERY[group].defaults(plugin)]:
             return (
-                f"the study's {group} has no field {field!r}; it is one of {group}={', '.join(owners)}. Set {group}=NAME "
-                f"first, or where a part of it is meant name that: {group}.parts.0.{field}=VALUE."
+                f"the study's {group} has no field {field!r}; it is one of {group}={', '.join(owners)}. Set "
+                f"{group}=NAME first, or where a part of it is meant name that: {group}.parts.0.{field}=VALUE."
             )
         return str(unknown(f"field of {group}:", field, known, "Fields"))
     return f"the configuration cannot be composed: {text}"

@@ -14,9 +14,12 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from orchestrator import export as exporting
 from orchestrator.config import read_schedule
-from orchestrator.export import TOLERANCE, Candidate, point, write
+from orchestrator.export import candidates, readme
+from orchestrator.export.candidates import Candidate
+from orchestrator.export.check import TOLERANCE
+from orchestrator.export.point import point
+from orchestrator.export.write import write
 from tasks import calibration
 from tasks.checkpoint import WEIGHTS
 from tasks.recipe import Recipe
@@ -248,13 +251,13 @@ def test_a_stock_class_that_differs_gives_way_to_the_unified_scheduler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     recipe = Recipe("digits", "ddim", "uniform", "none", "single").completed()  # type: ignore[arg-type]
-    original = exporting._stock
+    original = candidates._stock
 
     def slightly_wrong(p: Any) -> Any:
         for name, config, call in original(p):
             yield name, config | {"beta_end": 0.0161}, call
 
-    monkeypatch.setattr(exporting, "_stock", slightly_wrong)
+    monkeypatch.setattr(candidates, "_stock", slightly_wrong)
     found = write(point(recipe), tmp_path / "out")
     assert found["scheduler"] == "UnifiedScheduler" and found["ok"]
     assert [gone["scheduler"] for gone in found["rejected"]] == ["DDIMScheduler", "DPMSolverMultistepScheduler"]
@@ -265,7 +268,7 @@ def test_an_export_that_differs_fails(solvus: Solvus, monkeypatch: pytest.Monkey
     def wrong(p: Any, prediction: str) -> Candidate:
         return Candidate(UnifiedScheduler(preset="ddim"), {"num_inference_steps": 10})
 
-    monkeypatch.setattr(exporting, "_own", wrong)
+    monkeypatch.setattr(candidates, "_own", wrong)
     argv = ["export", "model=digits", "solver=unified", "times=karras", "--out", str(tmp_path / "out")]
     failed = solvus(*argv)
     assert failed.code == 1 and failed.out.startswith("export FAILED: UnifiedScheduler")
@@ -308,7 +311,7 @@ def test_a_folder_that_holds_something_is_left_alone(solvus: Solvus, tmp_path: P
 
 def test_weights_come_from_the_package_or_from_an_absolute_folder() -> None:
     recipe = Recipe("digits", "ddim", "uniform", "none", "single").completed()  # type: ignore[arg-type]
-    text = exporting._imports(point(recipe), {"scheduler": "DDIMScheduler"})
+    text = readme._imports(point(recipe), {"scheduler": "DDIMScheduler"})
     assert 'WEIGHTS / "digits" / "unet"' in text and str(WEIGHTS) not in text
 
 

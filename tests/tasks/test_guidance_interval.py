@@ -93,7 +93,7 @@ def test_a_cost_that_cannot_be_planned_is_refused():
 
 
 def test_export_refuses_an_interval():
-    from orchestrator.export import point
+    from orchestrator.export.point import point
 
     with pytest.raises(ValueError, match="a stock loop guides at every step"):
         point(recipe(sigma_low=0.3))

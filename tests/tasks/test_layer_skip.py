@@ -206,7 +206,7 @@ def test_masks_beyond_the_blocks_and_strategies_that_look_are_refused():
 
 
 def test_schedulers_and_exports_refuse_masks():
-    from orchestrator.export import point
+    from orchestrator.export.point import point
     from tasks.scheduler import UnifiedScheduler
 
     masked = recipe(steps=[{"skip": 1}, {}, {}])
