@@ -68,10 +68,10 @@ def study_in_process(num_samples: int, batch: int, steps: int, root: Path) -> fl
     """Samples a second of the same as a study, store and all."""
     from orchestrator import config
     from orchestrator.ledger import Ledger
+    from orchestrator.loop import run
     from orchestrator.progress import Progress
     from orchestrator.registries import executors, trackers
     from orchestrator.store import Store
-    from orchestrator.study import run
 
     data = config.compose(
         [

@@ -91,10 +91,10 @@ def study(path: Path, prompts: Path, count: int, batch: int, steps: int, scale: 
     """Seconds an image of the same as a study; the model is warm, as the stock pipeline is."""
     from orchestrator import config
     from orchestrator.ledger import Ledger
+    from orchestrator.loop import run
     from orchestrator.progress import Progress
     from orchestrator.registries import executors, trackers
     from orchestrator.store import Store
-    from orchestrator.study import run
 
     guidance = ["guidance=cfg", f"guidance.scale={scale}"] if scale > 1 else ["guidance=none"]
     data = config.compose(

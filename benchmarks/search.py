@@ -42,6 +42,7 @@ from orchestrator.adapters.optuna_samplers.history import History, Point, best
 from orchestrator.adapters.optuna_samplers.points import key_of
 from orchestrator.executors.local import LocalExecutor
 from orchestrator.ledger import Ledger
+from orchestrator.loop import run as run_study
 from orchestrator.measure import measure, scorers
 from orchestrator.plan import shards
 from orchestrator.progress import Progress
@@ -49,7 +50,6 @@ from orchestrator.registries import searches, trackers
 from orchestrator.results import Results
 from orchestrator.space import Space
 from orchestrator.store import Store
-from orchestrator.study import run as run_study
 from orchestrator.worker import perform
 
 ALGORITHM = "turbo"

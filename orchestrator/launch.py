@@ -12,13 +12,13 @@ from orchestrator.exits import Terminated
 from orchestrator.files import is_remote
 from orchestrator.foreseen import foreseen
 from orchestrator.ledger import Ledger
+from orchestrator.loop import run as run_study
 from orchestrator.progress import Progress
 from orchestrator.recent import Recent
 from orchestrator.redact import redact
 from orchestrator.registries import executors, trackers
 from orchestrator.results import Results
 from orchestrator.store import Store
-from orchestrator.study import run as run_study
 from orchestrator.verbs_look import write_report
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from orchestrator.files import is_remote, join, open_files
 from orchestrator.redact import redact, redact_all
-from orchestrator.study import Study, Trial
+from orchestrator.study import Study
+from orchestrator.trial import Trial
 
 
 class Results:

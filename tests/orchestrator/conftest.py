@@ -15,9 +15,10 @@ import pytest
 from orchestrator import cli
 from orchestrator.executors.local import LocalExecutor
 from orchestrator.ledger import Ledger
+from orchestrator.loop import run
 from orchestrator.progress import Progress
 from orchestrator.store import Store
-from orchestrator.study import Study, run
+from orchestrator.study import Study
 from tasks import run as tasks_run
 from tasks.recipe import Recipe
 from tasks.registry import metrics as metric_registry

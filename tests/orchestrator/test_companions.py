@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from orchestrator import rows
+from orchestrator.loop import MAX_ATTEMPTS
 from orchestrator.measure import influences, paired_difference, scorers
 from orchestrator.plan import companions
 from orchestrator.ports import Proposal, WorkerLost
 from orchestrator.registries import searches
 from orchestrator.store import Store
-from orchestrator.study import MAX_ATTEMPTS, Study
+from orchestrator.study import Study
 from tasks import run as tasks_run
 from tasks.recipe import Recipe
 

@@ -90,7 +90,7 @@ def test_a_search_an_executor_or_a_tracker_is_imported_by_its_registry_alone() -
 
 
 def test_arrows_inside_the_plumbing_point_away_from_the_command_line() -> None:
-    order = ["store", "plan", "measure", "study", "config", "verbs", "cli"]
+    order = ["store", "plan", "measure", "trial", "study", "loop", "config", "launch", "verbs", "cli"]
     exit_codes = {"orchestrator.cli"}
     for position, module in enumerate(order[:-1]):
         later = {f"orchestrator.{other}" for other in order[position + 1 :]}
@@ -102,6 +102,7 @@ def test_dashboards_read_the_store_and_never_run_a_study() -> None:
     used = {i for path in modules("dashboards") for i in imported(path)}
     for forbidden in (
         "orchestrator.study",
+        "orchestrator.loop",
         "orchestrator.verbs",
         "orchestrator.cli",
         "orchestrator.worker",

@@ -55,7 +55,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, launch: Callable) -> Callable[...,
     """A function that runs a study with a scripted search."""
 
     def start(study: Study, search: Scripted) -> SimpleNamespace:
-        monkeypatch.setattr("orchestrator.study.searches", SimpleNamespace(build=lambda spec: search))
+        monkeypatch.setattr("orchestrator.loop.searches", SimpleNamespace(build=lambda spec: search))
         return launch(study)
 
     return start
