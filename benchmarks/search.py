@@ -143,7 +143,8 @@ def searched(model: str, nfe: int, seed: int, objective: str, trials: int, root:
     rows = run(
         root, *common(model, seed, objective), *search_of(trials, algorithm), f"space={space}",
         f"search.objective={objective}", racing, f"search.held_out={HELD_OUT if objective == FRECHET else 1024}",
-        f"num_samples={full}", f"nfe={nfe}", "solver=dpmpp_2m", f"name=search-{objective[8:12]}-{model}-{nfe}-{seed}",
+        f"num_samples={full}", f"nfe={nfe}", "solver=dpmpp_2m", "reuse_gib=1.0",
+        f"name=search-{objective[8:12]}-{model}-{nfe}-{seed}",
     )  # fmt: skip
     held = [row for row in rows if row["part"].endswith("held_out")]
     mine = next((row for row in held if not row["baseline"]), held[0])
