@@ -20,7 +20,7 @@ Search = Generator[dict[str, Any], float, None]
 # (a point that was run, first row, one past the last) -> how far each row is off, (rows, elements).
 Deviations = Callable[[Params, int, int], np.ndarray]
 
-ROWS = 256  # rows that are held of every probe at a time
+HELD = 2**24  # numbers of all probes that are held at a time: 128 MiB
 ATTEMPTS = 5  # at a step that is better, each more damped than the one before
 LEAST = 1e-3  # an improvement by a smaller share of the loss ends a descent
 SMALLEST = 1e-4  # of the damping
@@ -157,8 +157,9 @@ class LeastSquaresSampler(PointSampler):
             change = [self._units(moved, [name])[0] - self._units(path[0], [name])[0] for name, moved in probes.items()]
             places = [self._units(point, list(probes)) for point in path]
             matrix, vector = np.zeros((len(probes), len(probes))), np.zeros(len(probes))
-            for start in range(0, self.rows, ROWS):
-                stop = min(start + ROWS, self.rows)
+            count = max(HELD // (len(probes) * self._off(path[0], 0, 1).size), 1)
+            for start in range(0, self.rows, count):
+                stop = min(start + count, self.rows)
                 here = self._off(path[0], start, stop)
                 slopes = np.stack([self._off(moved, start, stop) - here for moved in probes.values()])
                 slopes /= np.array(change)[:, None]
