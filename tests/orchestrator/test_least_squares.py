@@ -15,7 +15,7 @@ import optuna
 import pytest
 
 from orchestrator import config, run
-from orchestrator.adapters.optuna_samplers import LeastSquaresSampler
+from orchestrator.adapters.optuna_samplers import LeastSquaresSampler, least_squares
 from orchestrator.adapters.optuna_samplers.history import History, Point
 from orchestrator.adapters.optuna_samplers.points import key_of
 from orchestrator.adapters.optuna_search.least_squares import Deviations
@@ -68,6 +68,24 @@ def test_one_step_solves_a_linear_problem_and_a_few_a_bent_one() -> None:
     sampler, loss = squares(space, 0.3)
     tried = drive(space, sampler, 40, loss)
     assert min(map(loss, tried)) < 1e-3 * loss(tried[0])
+
+
+def test_the_rows_are_read_in_as_many_pieces_as_memory_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for held in (2**24, 6 * 4 * 70 + 1):  # six probes, four elements a row: 300 rows, or 70
+        monkeypatch.setattr(least_squares, "HELD", held)
+        space = Space(PLANE)
+        sampler, loss = squares(space, 0.3)
+        pieces = []
+
+        def counted(params: Params, start: int, stop: int, pieces: list[int] = pieces) -> np.ndarray:
+            pieces.append(stop - start)
+            return bent(params, start, stop, 0.3)
+
+        tried = drive(space, replace(sampler, deviations=counted), 12, loss)
+        found.append((max(pieces), [[params[name] for name in PLANE] for params in tried]))
+    assert found[0][0] == 300 and found[1][0] == 70
+    assert np.allclose(found[0][1], found[1][1], atol=1e-9)
 
 
 def test_a_probe_that_failed_leaves_its_axis_alone_and_the_others_go_on() -> None:
