@@ -60,6 +60,7 @@ AT_COST = {("gmm", 5): "velocity", ("gmm", 6): "velocity"}
 PATH_ALGORITHM, PATH_SPACE = "least_squares", "trajectory"  # for the trajectory error
 # Few rows of the mixture, near where its parts meet, make most of its mean square error; it is cheap, so it has more.
 PATH_SAMPLES = {"gmm": 4096}
+PATH_TRIALS = {5: 3, 8: 4}  # times those asked for: 29 and 59 axes, each with derivatives twice
 MORE_TRIALS = {"gmm": 4}  # the mixture is cheap, and its last bit of distance is small beside the noise
 NFES = (3, 4, 5, 6, 8)
 FRECHET, TRAJECTORY = "quality/frechet", "quality/trajectory_error"
@@ -204,7 +205,13 @@ def trajectory(models: Iterable[str], nfes: Iterable[int], seeds: int, kept: Kep
                 key = {"part": "trajectory", "model": model, "nfe": nfe, "seed": seed}
                 if kept.find(**key) is None:
                     found = searched(
-                        model, nfe, seed, TRAJECTORY, 3 * trials, kept.folder / model, PATH_SAMPLES.get(model, 1024)
+                        model,
+                        nfe,
+                        seed,
+                        TRAJECTORY,
+                        PATH_TRIALS.get(nfe, 3) * trials,
+                        kept.folder / model,
+                        PATH_SAMPLES.get(model, 1024),
                     )
                     kept.add(key | found)
                     show(key, found)
