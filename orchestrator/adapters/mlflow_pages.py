@@ -12,6 +12,7 @@ import numpy as np
 from orchestrator import rows
 from orchestrator.measure import Z95
 from orchestrator.store import CorruptShard, Store
+from tasks.types import sample_shape
 
 VIEW = "solvus"  # the key of the shared view, as links carry it
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
@@ -139,7 +140,7 @@ def picture(trial: Any, store: Store, count: int) -> np.ndarray | None:
         tables = list(store.read("rows", trial.recipe.key, first, min(first + count, trial.stop)))
     except (KeyError, CorruptShard):  # rows that were set aside or removed since; a picture is not worth more
         return None
-    images = np.concatenate([rows.samples(table, model.shape) for table in tables])  # (B, C, H, W) in [-1, 1]
+    images = np.concatenate([rows.samples(table, sample_shape(model)) for table in tables])  # (B, C, H, W) in [-1, 1]
     pixels = np.clip(np.rint((images + 1.0) * 127.5), 0, 255).astype(np.uint8)
     side = max(images.shape[2:])
     grow, shrink = max(PICTURE_SIDE // side, 1), max(side // (4 * PICTURE_SIDE), 1)

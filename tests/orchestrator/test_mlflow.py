@@ -130,6 +130,24 @@ def test_a_server_that_is_away_costs_a_warning_and_never_a_result(solvus: Solvus
     assert "hunter2" not in done.out + done.err
 
 
+def test_a_trial_that_cannot_be_shown_holds_nothing_up(
+    solvus: Solvus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracked: Path
+) -> None:
+    def broken(trial: Any, *_: Any) -> None:
+        if trial.number == 0:
+            raise ValueError("no such picture")
+
+    monkeypatch.setattr("orchestrator.adapters.mlflow_pages.picture", broken)
+    argv = ["run", "name=odd", "num_samples=16", "batch_size=16", f"root={tmp_path}", "tracker=mlflow", "search=grid"]
+    done = solvus(
+        *argv, "tracker.grace_s=200", "search.space={seed:[0,1]}", f"tracker.uri=sqlite:///{tracked / 'mlflow.db'}"
+    )
+    assert done.code == 0 and "away" not in done.err
+    assert "trial 0 did not reach MLflow (ValueError: no such picture): a fault of Solvus" in done.err
+    states = {run.data.params["seed"]: run.info.status for run in runs(tracked, "odd")[1]}
+    assert states["1"] == "FINISHED" and states.get("0") != "FINISHED"
+
+
 def test_a_failed_trial_is_a_failed_run_with_its_reason(
     solvus: Solvus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracked: Path
 ) -> None:
