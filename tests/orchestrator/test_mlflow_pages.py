@@ -167,8 +167,8 @@ def test_a_picture_of_tokens_is_what_they_decode_to(tmp_path: Path) -> None:
     from orchestrator.store import Store
     from tasks.recipe import Recipe
 
-    found = run("model=digits_tokens", "solver=ancestral", "name=t", "nfe=2", "num_samples=4", "batch_size=4", "metrics=[]",
-                "tracker=none", f"root={tmp_path}")  # fmt: skip
+    found = run("model=digits_tokens", "solver=ancestral", "name=t", "nfe=2", "num_samples=4", "batch_size=4",
+                "metrics=[]", "tracker=none", f"root={tmp_path}")  # fmt: skip
     store = Store(tmp_path, create=False)
     recipe = Recipe(**store.get_json("recipes", found.trials().to_pylist()[0]["key"]))
     strip = pages.picture(SimpleNamespace(recipe=recipe, num_samples=4, first_index=0, stop=4), store, 3)
