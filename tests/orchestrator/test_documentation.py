@@ -231,7 +231,7 @@ def _sizes(words: list[str]) -> list[str]:
     if words[0] == "run" and re.search(r"num_trials|search[:=] ?(cmaes|tpe|turbo|least_squares|nsga2)", text):
         small += ["search.num_trials=2", "search.baselines=[]", "search.held_out=80", "search.refine=0"]
     if words[0] == "run" and study == "transfer":
-        small += ["search.models=[digits]", "search.nfes=[5]"]
+        small += ["search.models=[digits]", "search.nfes=[5]", "search.num_samples=80"]
     return small
 
 
