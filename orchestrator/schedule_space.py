@@ -52,7 +52,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "relax": RELAXATIONS, "corrector": CORRECTORS, "call": CALLS[:2],
 }  # fmt: skip
 NUMBERS = ("scale", "scale2", "kappa", "time_shift")
-UNWEIGHTED = ("order", "variable", "points", "relax", "corrector", "call", "scale", "scale2", "kappa")
+UNWEIGHTED = tuple(key for key in (*WORDS, *NUMBERS) if key not in ("prediction", "time_shift"))
 DEFAULTS: dict[str, Any] = {
     "order": 2, "prediction": "x0", "variable": "lam", "points": "full", "relax": "none", "corrector": "none",
     "call": "model", "scale": 1.0, "scale2": 1.0, "kappa": 0.0,
@@ -327,7 +327,8 @@ class ScheduleSpace:
 
     def _weighted(self, schedule: SolverSchedule) -> SolverSchedule:
         prediction = self._fixed["prediction"]
-        if all(step.weights and step.prediction == prediction for step in schedule.steps):
+        # One that is in that form stays as it is, to the last bit: read back, it is the same recipe.
+        if all(s.weights and s.prediction == prediction and s.start == i + 1 for i, s in enumerate(schedule.steps)):
             return schedule
         try:
             return weighted(self.process, schedule, prediction)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from tasks import integrator
-from tasks.coefficients import highest_order, is_usable
+from tasks.coefficients import angle, highest_order, is_usable
 from tasks.integrator import Plan
-from tasks.schedule import SolverSchedule, Step, evaluations
+from tasks.processes import to_x0
+from tasks.schedule import SolverSchedule, Step, check_step, evaluations
 from tasks.types import State
 
 
@@ -116,6 +117,25 @@ def resampled(schedule: SolverSchedule, nfe: int, process: Any) -> SolverSchedul
     raise ValueError(f"a schedule of {schedule.nfe} evaluations cannot be made to spend {nfe}. Choose another number.")
 
 
+def shortened(schedule: SolverSchedule, first: int) -> SolverSchedule:
+    """The schedule from step ``first`` on, begun without history: orders rise from 1 again."""
+    steps: list[Step] = []
+    rest = schedule.steps[first:]
+    for j, step in enumerate(rest):
+        try:
+            check_step(j, len(rest), step)
+        except ValueError:
+            if step.weights:
+                raise ValueError(
+                    f"step {first + j} has weights of what came before step {first}, so a run cannot begin there. "
+                    "Begin at the first step (strength 1), or use a schedule without weights."
+                ) from None
+            order = min(step.order, j + 1)
+            step = replace(step, order=order, start=1, points=None, scale=step.scale[: order - 1])
+        steps.append(step)
+    return SolverSchedule(schedule.times[first:], tuple(steps), schedule.note)
+
+
 def _refuse_weights(schedule: SolverSchedule, what: str) -> None:
     if any(step.weights for step in schedule.steps):
         raise ValueError(
@@ -136,19 +156,26 @@ def weighted(process: Any, schedule: SolverSchedule, prediction: str) -> SolverS
         prediction: of the new steps.
 
     Raises:
-        ValueError: fresh noise, or a step that evaluates twice or not at all.
+        ValueError: fresh noise, a step that evaluates twice or not at all, or a prediction that the process lacks.
     """
+    if prediction == "v":
+        angle(process, schedule.times[0])  # refuses a process that has no such form
+    if prediction == "eps" and process.alpha(schedule.times[0]) == 0:
+        raise ValueError(
+            "a noise prediction says nothing where alpha is 0, and this schedule begins there. Use v or x0."
+        )
     if schedule.stochastic or any(evaluations(step) != 1 or step.call != "model" for step in schedule.steps):
         raise ValueError("only a deterministic schedule that evaluates the network once a step can be said in weights.")
     plain = replace(schedule, steps=tuple(replace(step, time_shift=0.0, skip=0) for step in schedule.steps))
     plan = Plan(process, plain)
     count = len(schedule.steps)
     state = State(torch.eye(count + 1, dtype=torch.float64)[:1], None, integrator.start(plan))
+    flows = process.kind_of_path == "linear"
+    kind = {"x0": "sample", "eps": "epsilon", "v": "flow" if flows else "v_prediction"}[prediction]
     steps: list[Step] = []
     for i, step in enumerate(schedule.steps):
         f = torch.eye(count + 1, dtype=torch.float64)[i + 1 : i + 2]
-        alpha, sigma = plan.alpha[i], plan.sigma[i]
-        state = integrator.predict(plan, i, state, integrator.to_x0(prediction, state.x, f, alpha, sigma))
+        state = integrator.predict(plan, i, state, to_x0(kind, state.x, f, plan.alpha[i], plan.sigma[i]))
         steps.append(
             Step(
                 prediction=prediction, variable="u" if prediction == "v" else "lam", start=i + 1,

@@ -130,15 +130,6 @@ def convert(step: Step, x: Tensor, x0: Tensor, alpha: float, sigma: float) -> Te
     return eps - x0 if abs(alpha + sigma - 1.0) < 1e-9 else alpha * eps - sigma * x0
 
 
-def to_x0(prediction: str, x: Tensor, f: Tensor, alpha: float, sigma: float) -> Tensor:
-    """The clean prediction of one in another form: ``convert`` the other way round."""
-    if prediction == "x0":
-        return f
-    if prediction == "eps":
-        return (x - sigma * f) / alpha
-    return x - sigma * f if abs(alpha + sigma - 1.0) < 1e-9 else alpha * x - sigma * f
-
-
 def run_group(model: Conditioned, state: State, noise: Noise, hooks: Sequence[Any] = (), s_noise: float = 1.0) -> State:
     """All steps of the schedule that the next step of the grid stands for."""
     plan, group = state.memory["plan"], state.memory["group"]

@@ -21,10 +21,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from tasks import calibration, integrator, registry
+from tasks.adapt import shortened
 from tasks.integrator import Plan
 from tasks.processes import EDM, VP, Flow, GaussianProcess, from_x0, to_x0
 from tasks.registry import unknown
-from tasks.schedule import SolverSchedule, Step, check_step
+from tasks.schedule import SolverSchedule
 from tasks.types import State
 
 PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v_prediction", "flow_prediction": "flow"}
@@ -493,25 +494,6 @@ def process_config(process: GaussianProcess) -> dict[str, Any]:
             "num_train_timesteps": process.num_train_steps,
         }
     raise ValueError(f"a diffusers scheduler steps VP, flow and EDM processes, not {type(process).__name__}.")
-
-
-def shortened(schedule: SolverSchedule, first: int) -> SolverSchedule:
-    """The schedule from step ``first`` on, begun without history: orders rise from 1 again."""
-    steps: list[Step] = []
-    rest = schedule.steps[first:]
-    for j, step in enumerate(rest):
-        try:
-            check_step(j, len(rest), step)
-        except ValueError:
-            if step.weights:
-                raise ValueError(
-                    f"step {first + j} has weights of what came before step {first}, so a run cannot begin there. "
-                    "Begin at the first step (strength 1), or use a schedule without weights."
-                ) from None
-            order = min(step.order, j + 1)
-            step = replace(step, order=order, start=1, points=None, scale=step.scale[: order - 1])
-        steps.append(step)
-    return SolverSchedule(schedule.times[first:], tuple(steps), schedule.note)
 
 
 def _solver(preset: str, settings: Any, fixed: SolverSchedule | None, hooks: Any) -> Any:

@@ -23,7 +23,6 @@ from orchestrator.store import Store
 log = logging.getLogger("solvus")
 
 MAX_PARAM = 500
-FAULTS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)  # of our own code
 MAX_BATCH = 100  # parameters of one call
 MAX_METRICS = 1000  # metrics of one call
 DESCRIBE_S = 60.0  # how often the description is written while a study runs
@@ -114,6 +113,12 @@ class Memo:
             self._files.write(self.FILE, json.dumps(self._sent).encode())
 
 
+def _is_ours(error: Exception) -> bool:
+    """Whether it is a fault of our own code, which an answer that cannot be read (of a proxy, say) is not."""
+    faults = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
+    return isinstance(error, faults) and not isinstance(error, OSError | json.JSONDecodeError)
+
+
 class Mirror:
     """The thread that talks to MLflow."""
 
@@ -161,15 +166,14 @@ class Mirror:
                     self._handle(kind, item)
                     self._away = False
                     break
-                except FAULTS as error:
-                    # Trying again would not help, and hold up what waits behind it.
-                    what = f"trial {item.number}" if kind == "trial" else "the summary"
-                    log.warning(
-                        "%s did not reach MLflow (%s: %s): a fault of Solvus, not of the server, please report it. "
-                        "The store has everything", what, type(error).__name__, redact(str(error)),
-                    )  # fmt: skip
-                    break
                 except Exception as error:  # tracking is a mirror: whatever happens to it, generation goes on
+                    if _is_ours(error):  # trying again would not help, and hold up what waits behind it
+                        what = f"trial {item.number}" if kind == "trial" else "the summary"
+                        log.warning(
+                            "%s did not reach MLflow (%s: %s): a fault of Solvus, not of the server, please report it. "
+                            "The store has everything", what, type(error).__name__, redact(str(error)),
+                        )  # fmt: skip
+                        break
                     if not self._away:
                         lines = redact(str(error)).splitlines()
                         log.warning(

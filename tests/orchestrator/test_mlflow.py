@@ -148,6 +148,16 @@ def test_a_trial_that_cannot_be_shown_holds_nothing_up(
     assert states["1"] == "FINISHED" and states.get("0") != "FINISHED"
 
 
+def test_an_answer_that_cannot_be_read_is_no_fault_of_ours() -> None:
+    from requests.exceptions import JSONDecodeError
+
+    from orchestrator.adapters.mlflow_tracker import _is_ours
+
+    assert _is_ours(ValueError("max() of nothing")) and _is_ours(KeyError("x"))
+    unreadable = json.JSONDecodeError("Expecting value", "<html>", 0), JSONDecodeError("Expecting value", "<html>", 0)
+    assert not any(map(_is_ours, (*unreadable, OSError("refused"), RuntimeError("locked"))))
+
+
 def test_a_failed_trial_is_a_failed_run_with_its_reason(
     solvus: Solvus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracked: Path
 ) -> None:

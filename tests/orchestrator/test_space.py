@@ -141,6 +141,9 @@ def test_any_explicit_preset_has_a_point_in_a_space_of_weights(model: str, prese
     assert not space.schedule.equal(space.decode(point)["schedule"], wanted)  # another recipe, with rows of its own
     assert space.schedule.equal(space.decode(space.encode(space.decode(point)) or {})["schedule"], made)
     assert space.encode({"schedule": {"times": [1, 0.5, 0], "steps": [{"corrector": "implicit"}, {}]}}) is None
+    step = {"prediction": "v", "variable": "u", "weights": [1.0, -0.2]}  # of the state before, not of the first one
+    told = space.encode({"schedule": {"times": [1, 0.8, 0.6, 0.4, 0.2, 0], "steps": 5 * [step]}})
+    assert told is not None and [told[f"weight.4.{j}"] for j in range(6)] == pytest.approx([1.0] + 5 * [-0.2])
 
 
 @pytest.mark.parametrize(

@@ -163,5 +163,9 @@ def test_what_is_not_explicit_is_refused_in_weights_and_weights_elsewhere() -> N
         moved(made, process, Flow())
     with pytest.raises(ValueError, match="free weights.*no form for another number of evaluations"):
         resampled(made, 4, process)
-    with pytest.raises(ValueError, match="prediction v needs a VP process or a flow, not EDM"):
-        Plan(EDM(), made)
+    for refused in (lambda: Plan(EDM(), made), lambda: weighted(EDM(), found, "v")):
+        with pytest.raises(ValueError, match="prediction v needs a VP process or a flow, not EDM"):
+            refused()
+    found, process = schedule("dpmpp_2m", "digits_flow")
+    with pytest.raises(ValueError, match="says nothing where alpha is 0.*Use v or x0"):
+        weighted(process, found, "eps")

@@ -10,14 +10,14 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
 from tasks import registry
-from tasks.adapt import weighted
+from tasks.adapt import shortened, weighted
 from tasks.models.gmm import GMM
 from tasks.noise import RowNoise
 from tasks.presets import PRESETS
 from tasks.processes import VP, Flow
 from tasks.sampler import Sampler
 from tasks.schedule import SolverSchedule, Step
-from tasks.scheduler import Network, UnifiedScheduler, process_config, shortened
+from tasks.scheduler import Network, UnifiedScheduler, process_config
 
 # diffusers does numpy arithmetic on tensors in ways that numpy 2 deprecates.
 pytestmark = [
