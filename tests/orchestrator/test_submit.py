@@ -50,12 +50,15 @@ def submit(
 def test_submit_runs_the_study_follows_its_log_and_refuses_or_attaches_to_a_duplicate(
     cluster: RayCluster, tmp_path: Path
 ) -> None:
-    arguments = [*STUDY, "name=sent", f"root={tmp_path}", "executor=ray", "executor.address=auto", "executor.workers=1"]
+    # Its worker needs more CPUs than the head has, so it runs until a node is added.
+    executor = ["executor=ray", "executor.address=auto", "executor.workers=1", "executor.cpus=3"]
+    arguments = [*STUDY, "name=sent", f"root={tmp_path}", *executor]
     first = submit(cluster, *arguments, "--no-wait", "--json")
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["state"] == "submitted"
     duplicate = submit(cluster, *arguments)
     assert duplicate.returncode == 2 and "already runs" in duplicate.stderr and "--attach" in duplicate.stderr
+    cluster.add_node(num_cpus=3)
     attached = submit(cluster, *arguments, "--attach", "--json")
     assert attached.returncode == 0, (attached.stdout, attached.stderr)
     assert json.loads(attached.stdout.splitlines()[-1])["state"] == "succeeded"
