@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 
 from tasks.classifier import DigitClassifier
 from tasks.data import digits
+from tasks.training.course import Course
 
 
 def train(
@@ -34,8 +33,7 @@ def train(
     net = DigitClassifier()
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    curve: list[tuple[int, float]] = []
-    running, started = 0.0, time.perf_counter()
+    course = Course(name, steps, points=30, report=report)
     for step in range(1, steps + 1):
         pick = torch.randint(len(train_images), (batch_size,), generator=generator)
         x = train_images[pick]
@@ -47,29 +45,18 @@ def train(
         loss.backward()
         optimizer.step()
         schedule.step()
-        running += loss.item()
-        if step % max(1, steps // 30) == 0 or step == steps:
-            curve.append((step, round(running / max(1, steps // 30), 5)))
-            report(f"{name} step {step}/{steps} loss {running / max(1, steps // 30):.4f}")
-            running = 0.0
+        course.after(step, loss)
     net.eval()
     with torch.no_grad():
         accuracy = (net(images[test]).argmax(-1) == labels[test]).float().mean().item()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(net.state_dict(), folder / "model.safetensors")
-    record = {
-        "command": f"solvus train {name} --steps {steps} --batch-size {batch_size} --seed {seed}",
-        "model": name,
-        "seed": seed,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "held_out_accuracy": round(accuracy, 5),
-        "held_out_images": int(test.sum()),
-        "seconds": round(time.perf_counter() - started, 1),
-        "torch": torch.__version__,
-        "loss_curve": curve,
-    }
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     report(f"{name} accuracy on {int(test.sum())} held-out images: {accuracy:.4f}")
-    return record
+    return course.record(
+        folder,
+        batch_size=batch_size,
+        seed=seed,
+        learning_rate=learning_rate,
+        held_out_accuracy=round(accuracy, 5),
+        held_out_images=int(test.sum()),
+    )

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from tasks.data import digits
 from tasks.models.digits import Digits
 from tasks.models.digits_consistency import consistency
 from tasks.processes import expand
+from tasks.training.course import Course, average_in, warm_cosine
 from tasks.training.digits import NUM_CLASSES, save
 
 
@@ -111,23 +111,20 @@ def train(
     teacher = spec.load("cpu")
     process = teacher.process
     sigma_data = float(digits.images().std())
-    started = time.perf_counter()
+    course = Course(name, steps, points=60, report=report)
     times = grid(process, nodes)
     labels = torch.randint(NUM_CLASSES, (num_trajectories,), generator=generator)
     labels[torch.rand(num_trajectories, generator=generator) < label_dropout] = NUM_CLASSES
     paths = trajectories(teacher, times, labels, generator)
     ends = paths[0] / process.alpha(process.t_min)
-    report(f"{name} {num_trajectories} trajectories of the teacher {time.perf_counter() - started:.0f} s")
+    report(f"{name} {num_trajectories} trajectories of the teacher")
     net = student(spec.checkpoint)
     averaged = {key: value.detach().clone() for key, value in net.state_dict().items()}
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
-    warmup = min(100, max(1, steps // 10))
-    curve: list[tuple[int, float]] = []
-    running, since = 0.0, 0
     for step in range(1, steps + 1):
-        fraction = min(step / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
+        rate = learning_rate * warm_cosine(step, steps, warmup=100)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * max(fraction, 1e-3)
+            group["lr"] = rate
         uniform = torch.randperm(batch_size, generator=generator) + torch.rand(batch_size, generator=generator)
         node = ((uniform / batch_size) ** 0.7 * (nodes - 1)).long().clamp(max=nodes - 2) + 1
         pick = torch.randint(num_trajectories, (batch_size,), generator=generator)
@@ -138,37 +135,23 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        decay = min(ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for key, value in net.state_dict().items():
-                averaged[key].lerp_(value, 1 - decay)
-        running, since = running + loss.item(), since + 1
-        if step % max(1, steps // 60) == 0 or step == steps:
-            curve.append((step, round(running / since, 5)))
-            elapsed = time.perf_counter() - started
-            report(f"{name} step {step}/{steps} loss {running / since:.4f} {elapsed:.0f} s")
-            running, since = 0.0, 0
+        average_in(averaged, net, step, ema_decay)
+        course.after(step, loss)
     net.load_state_dict(averaged)
-    record = {
-        "command": f"solvus train {name} --steps {steps} --batch-size {batch_size} --seed {seed}",
-        "model": name,
-        "teacher": spec.revision,
-        "seed": seed,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "num_trajectories": num_trajectories,
-        "nodes": nodes,
-        "huber": huber,
-        "label_dropout": label_dropout,
-        "ema_decay": ema_decay,
-        "seconds": round(time.perf_counter() - started, 1),
-        "torch": torch.__version__,
-        "loss_curve": curve,
-    }
-    save(net, name, folder, record)
+    save(net, name, folder)
     # The schedule is the teacher's. What the network says is neither noise nor velocity: no stock class can step it.
     path = folder / "scheduler" / "scheduler_config.json"
     schedule = json.loads(path.read_text()) | {"prediction_type": "sample", "sigma_data": sigma_data}
     path.write_text(json.dumps(schedule, indent=2) + "\n")
-    return record
+    return course.record(
+        folder,
+        teacher=spec.revision,
+        batch_size=batch_size,
+        seed=seed,
+        learning_rate=learning_rate,
+        num_trajectories=num_trajectories,
+        nodes=nodes,
+        huber=huber,
+        label_dropout=label_dropout,
+        ema_decay=ema_decay,
+    )

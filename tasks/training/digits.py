@@ -12,9 +12,6 @@ solvers blow up.
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import torch
 
 from tasks.data import digits
 from tasks.processes import VP, Flow, GaussianProcess
+from tasks.training.course import Course, average_in, warm_cosine
 
 NUM_CLASSES = 10
 PROCESS = VP("scaled_linear", 0.00085, 0.016, 1000)
@@ -92,14 +90,11 @@ def train(
     net = transformer().eval() if name == "digits_dit" else network()
     averaged = {key: value.detach().clone() for key, value in net.state_dict().items()}
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
-    warmup = min(200, max(1, steps // 10))
-    curve: list[tuple[int, float]] = []
-    running, since = 0.0, 0
-    started = time.perf_counter()
+    course = Course(name, steps, points=60, report=report)
     for step in range(1, steps + 1):
-        fraction = min(step / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
+        rate = learning_rate * warm_cosine(step, steps, warmup=200)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * max(fraction, 1e-3)
+            group["lr"] = rate
         pick = torch.randint(len(images), (batch_size,), generator=generator)
         x0, label = images[pick], labels[pick].clone()
         label[torch.rand(batch_size, generator=generator) < label_dropout] = NUM_CLASSES
@@ -120,36 +115,22 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        decay = min(ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for key, value in net.state_dict().items():
-                averaged[key].lerp_(value, 1 - decay)
-        running, since = running + loss.item(), since + 1
-        if step % max(1, steps // 60) == 0 or step == steps:
-            curve.append((step, round(running / since, 5)))
-            elapsed = time.perf_counter() - started
-            report(f"{name} step {step}/{steps} loss {running / since:.4f} {elapsed:.0f} s")
-            running, since = 0.0, 0
+        average_in(averaged, net, step, ema_decay)
+        course.after(step, loss)
     net.load_state_dict(averaged)
-    record = {
-        "command": f"solvus train {name} --steps {steps} --batch-size {batch_size} --seed {seed}",
-        "model": name,
-        "seed": seed,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "label_dropout": label_dropout,
-        "ema_decay": ema_decay,
-        "seconds": round(time.perf_counter() - started, 1),
-        "torch": torch.__version__,
-        "loss_curve": curve,
-    }
-    save(net, name, folder, record)
-    return record
+    save(net, name, folder)
+    return course.record(
+        folder,
+        batch_size=batch_size,
+        seed=seed,
+        learning_rate=learning_rate,
+        label_dropout=label_dropout,
+        ema_decay=ema_decay,
+    )
 
 
-def save(net: Any, name: str, folder: Path, record: dict) -> None:
-    """Write the network as a diffusers pipeline folder with its scheduler and its training record."""
+def save(net: Any, name: str, folder: Path) -> None:
+    """Write the network as a diffusers pipeline folder with its scheduler."""
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,4 +148,3 @@ def save(net: Any, name: str, folder: Path, record: dict) -> None:
             clip_sample=False,
         )
     scheduler.save_pretrained(folder / "scheduler")
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -6,8 +6,6 @@ the labels are dropped, as for the model beside it.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 
 from tasks.data import digits
 from tasks.side_network import FILE, SideNetwork
+from tasks.training.course import Course
 
 
 def train(
@@ -41,8 +40,7 @@ def train(
     net = SideNetwork()
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    curve: list[tuple[int, float]] = []
-    running, since, started = 0.0, 0, time.perf_counter()
+    course = Course(name, steps, points=20, report=report)
     for step in range(1, steps + 1):
         pick = torch.randint(len(images), (batch_size,), generator=generator)
         label = labels[pick].clone()
@@ -53,24 +51,9 @@ def train(
         loss.backward()
         optimizer.step()
         schedule.step()
-        running, since = running + loss.item(), since + 1
-        if step % max(1, steps // 20) == 0 or step == steps:
-            curve.append((step, round(running / since, 5)))
-            report(f"{name} step {step}/{steps} loss {running / since:.4f}")
-            running, since = 0.0, 0
+        course.after(step, loss)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(net.state_dict(), folder / FILE)
-    record = {
-        "command": f"solvus train {name} --steps {steps} --batch-size {batch_size} --seed {seed}",
-        "model": name,
-        "seed": seed,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "label_dropout": label_dropout,
-        "seconds": round(time.perf_counter() - started, 1),
-        "torch": torch.__version__,
-        "loss_curve": curve,
-    }
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    return record
+    return course.record(
+        folder, batch_size=batch_size, seed=seed, learning_rate=learning_rate, label_dropout=label_dropout
+    )

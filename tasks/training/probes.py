@@ -13,8 +13,6 @@ Reference: Tang et al. 2023, "DeeDiff".
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from tasks import dit
 from tasks.checkpoint import Checkpoint
 from tasks.data import digits
 from tasks.early_exit import FILE, Exits, save
+from tasks.training.course import Course
 
 
 def errors(network: Any, exits: Exits, process: Any, x0: Tensor, eps: Tensor, step: Tensor, labels: Tensor) -> Any:
@@ -95,8 +94,7 @@ def train(
     exits = Exits.of(net)
     optimizer = torch.optim.AdamW(exits.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    curve: list[tuple[int, float, float]] = []
-    running, since, started = torch.zeros(2), 0, time.perf_counter()
+    course = Course(name, steps, points=20, report=report, terms=("loss of heads", "of probes"))
     for step in range(1, steps + 1):
         pick = torch.randint(len(images), (batch_size,), generator=generator)
         label = labels[pick].clone()
@@ -111,26 +109,14 @@ def train(
         (heads + probes).backward()
         optimizer.step()
         schedule.step()
-        running, since = running + torch.tensor([heads.item(), probes.item()]), since + 1
-        if step % max(1, steps // 20) == 0 or step == steps:
-            of_heads, of_probes = (round(float(v), 5) for v in running / since)
-            curve.append((step, of_heads, of_probes))
-            report(f"{name} step {step}/{steps} loss of heads {of_heads:.4f}, of probes {of_probes:.4f}")
-            running, since = torch.zeros(2), 0
+        course.after(step, heads, probes)
     folder.mkdir(parents=True, exist_ok=True)
     save(exits, folder / FILE, checkpoint.revision)
-    record = {
-        "command": f"solvus train {name} --steps {steps} --batch-size {batch_size} --seed {seed}",
-        "model": name,
-        "network": checkpoint.revision,
-        "seed": seed,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "label_dropout": label_dropout,
-        "seconds": round(time.perf_counter() - started, 1),
-        "torch": torch.__version__,
-        "loss_curve": curve,
-    }
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    return record
+    return course.record(
+        folder,
+        network=checkpoint.revision,
+        batch_size=batch_size,
+        seed=seed,
+        learning_rate=learning_rate,
+        label_dropout=label_dropout,
+    )

@@ -8,9 +8,6 @@ look at its context has the latter.
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from torch.nn import functional
 from tasks import token_network
 from tasks.data import digits
 from tasks.token_network import SHIFTS, TokenNetwork, TokenNetworkConfig
+from tasks.training.course import Course, average_in, warm_cosine
 
 NUM_CLASSES = 10
 MOVES = sorted(((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)), key=lambda move: move != (0, 0))
@@ -99,14 +97,11 @@ def train(
     config, averaged = net.config, TokenNetwork(net.config)
     averaged.load_state_dict(net.state_dict())
     optimizers = _optimizers(net, learning_rate)
-    warmup = min(100, max(1, steps // 10))
-    curve: list[tuple[int, float]] = []
-    running, since = 0.0, 0
-    started = time.perf_counter()
+    course = Course(name, steps, points=60, report=report)
     for step in range(1, steps + 1):
-        fraction = min(step / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
+        rate = learning_rate * warm_cosine(step, steps, warmup=100)
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate * max(fraction, 1e-3)
+            optimizer.param_groups[0]["lr"] = rate
         pick = torch.randint(len(tokens), (batch_size,), generator=generator)
         label = labels[pick].clone()
         label[torch.rand(batch_size, generator=generator) < label_dropout] = NUM_CLASSES
@@ -123,35 +118,20 @@ def train(
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        decay = min(ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for mean, value in zip(averaged.parameters(), net.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
-        running, since = running + loss.item(), since + 1
-        if step % max(1, steps // 60) == 0 or step == steps:
-            curve.append((step, round(running / since, 5)))
-            elapsed = time.perf_counter() - started
-            report(f"{name} step {step}/{steps} loss {running / since:.4f} {elapsed:.0f} s")
-            running, since = 0.0, 0
-    seconds = time.perf_counter() - started
+        average_in(averaged.state_dict(), net, step, ema_decay)
+        course.after(step, loss)
     token_network.save(averaged, folder)
-    record = {
-        "command": f"solvus train {name} --steps {steps} --batch-size {batch_size} --seed {seed}",
-        "model": name,
-        "seed": seed,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "label_dropout": label_dropout,
-        "shifted": shifted,
-        "ema_decay": ema_decay,
-        "held_out_images": int((~train_rows).sum()),
-        "nats_per_token": measured(token_network.load(folder, "cpu")),
-        "seconds": round(seconds, 1),
-        "torch": torch.__version__,
-        "loss_curve": curve,
-    }
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = course.record(
+        folder,
+        batch_size=batch_size,
+        seed=seed,
+        learning_rate=learning_rate,
+        label_dropout=label_dropout,
+        shifted=shifted,
+        ema_decay=ema_decay,
+        held_out_images=int((~train_rows).sum()),
+        nats_per_token=measured(token_network.load(folder, "cpu")),
+    )
     report(f"{name} nats per token {record['nats_per_token']}")
     return record
 
