@@ -184,7 +184,7 @@ def test_what_cannot_be_left_early_is_refused_when_planning(tmp_path):
         net.proj_out_2.bias += 1.0
     from tasks.training import digits
 
-    digits.save(net, "digits_dit", tmp_path / "other", {})
+    digits.save(net, "digits_dit", tmp_path / "other")
     other = {"name": "digits_dit", "path": str(tmp_path / "other")}
     skip = {"times": [1.0, 0.5, 0.0], "steps": [{"skip": 1}, {}]}
     for made, message in [

@@ -21,7 +21,7 @@ def transformer(tmp_path_factory):
     net = training.transformer().eval()
     for p in net.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
-    training.save(net, "digits_dit", folder, {})
+    training.save(net, "digits_dit", folder)
     return {"name": "digits_dit", "path": str(folder)}
 
 
@@ -110,7 +110,7 @@ def test_tokens_are_exact_where_the_noise_prediction_stands_still(tmp_path):
     net = training.transformer().eval()
     torch.nn.init.zeros_(net.proj_out_2.weight)
     torch.nn.init.normal_(net.proj_out_2.bias)
-    training.save(net, "digits_dit", tmp_path, {})
+    training.save(net, "digits_dit", tmp_path)
     made = tokenwise({"name": "digits_dit", "path": str(tmp_path)}, max_skips=0)
     found = rows(made)
     assert distance(made, found).max() < 1e-5 and (found["nfe"] == 16).all() and found["work"][0] < 14
