@@ -51,11 +51,12 @@ def run(*overrides: str, config_dir: Sequence[str] = ()) -> OpenStudy:
     Raises:
         ValueError: an override is wrong, or a trial cannot run.
     """
+    from dashboards.report import build
     from orchestrator import config
     from orchestrator.launch import launch
 
     study = config.study(config.compose(list(overrides), list(config_dir)))
-    launch(study, " ".join(["solvus", "run", *overrides]))
+    launch(study, " ".join(["solvus", "run", *overrides]), build.write)
     return open_study(study.name, study.root)
 
 

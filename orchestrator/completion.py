@@ -88,7 +88,7 @@ def _possible(before: Sequence[str], here: str, verbs: Mapping[str, argparse.Arg
             yield from plugins(kind)
     elif verb == "completion":
         yield from SCRIPTS
-    elif "--cfg" in options:
+    elif "--config-dir" in options:
         if verb in ("figure", "compare") and "=" not in here:
             yield from _finished(before)
         yield from _overrides(before, here)

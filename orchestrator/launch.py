@@ -6,6 +6,8 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from orchestrator.exits import Terminated
@@ -19,15 +21,17 @@ from orchestrator.redact import redact
 from orchestrator.registries import executors, trackers
 from orchestrator.results import Results
 from orchestrator.store import Store
-from orchestrator.verbs_look import write_report
 
 
-def launch(study: Any, command: str) -> tuple[dict[str, Any], list[str]]:
+def launch(study: Any, command: str, report: Callable[[str, str], str]) -> tuple[dict[str, Any], list[str]]:
     """Run a study to its end, and write its tables, its state and its report.
+
+    However it ends, its workers are let go, the trials so far are in its table, and the tracker knows.
 
     Args:
         study: what ``config.study`` returns.
         command: what to type to launch it again, for the report.
+        report: writes the report of a root and a name, and returns where it lies.
 
     Returns:
         what came of it, as plain data and in lines for people.
@@ -43,53 +47,29 @@ def launch(study: Any, command: str) -> tuple[dict[str, Any], list[str]]:
     ledger = Ledger(study.price_per_device_hour)
     began = time.monotonic()
     results.save_state("running", {"foreseen": ahead})
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _end)
-    executor = executors.build(study.config["executor"]).start(study.name)
-    tracker = trackers.build(study.config["tracker"]).start(study)
-    recent = Recent()
-    logging.getLogger("solvus").addHandler(recent)
-    watch = Progress(
-        ahead,
-        report=lambda numbers: results.save_state("running", numbers),
-        report_s=10.0 if is_remote(study.root) else 2.0,
-        load=executor.load,
-        spent=ledger.summary,
-        goal=study.goal,
-        recent=recent,
-    )
-    trials: list[Any] = []
-    finished = False
-    try:
-        searched = run_study(study, executor, store, tracker, watch, ledger, trials)
-        finished = True
-    finally:
-        watch.close()
-        executor.close()
-        logging.getLogger("solvus").removeHandler(recent)
-        results.save_trials(trials)
-        if not finished:
-            results.save_state("interrupted", {"trials": watch.finished})
-    results.save_search(searched)
-    failed = [trial for trial in trials if trial.state == "failed"]
-    degraded = [trial for trial in trials if trial.state == "degraded"]
-    summary = {
-        "study": study.name,
-        "state": "failed" if failed else "degraded" if degraded else "complete",
-        "trials": len(trials),
-        "failed": len(failed),
-        "degraded": len(degraded),
-        "samples_made": watch.samples,
-        "samples_reused": watch.reused,
-        "wall_s": round(time.monotonic() - began, 2),
-        **{name: round(value, 3) for name, value in ledger.summary().items()},
-    }
-    results.save_state(str(summary["state"]), summary | {"command": redact(command)})
-    path = write_report(study.root, study.name)
-    tracker.close(
-        {f"study/{name}": value for name, value in summary.items()},
-        [("report.html", results.files.read("report.html"))],
-    )
+    with ExitStack() as ends:
+        ends.enter_context(_terminable())
+        tracker = trackers.build(study.config["tracker"]).start(study)
+        told: dict[str, Any] = {"state": "interrupted", "summary": {}, "artifacts": []}
+        ends.callback(lambda: tracker.close(**told))
+        trials, watch = _searched(study, store, results, tracker, ledger, ahead)
+        failed = [trial for trial in trials if trial.state == "failed"]
+        degraded = [trial for trial in trials if trial.state == "degraded"]
+        summary = {
+            "study": study.name,
+            "state": "failed" if failed else "degraded" if degraded else "complete",
+            "trials": len(trials),
+            "failed": len(failed),
+            "degraded": len(degraded),
+            "samples_made": watch.samples,
+            "samples_reused": watch.reused,
+            "wall_s": round(time.monotonic() - began, 2),
+            **{name: round(value, 3) for name, value in ledger.summary().items()},
+        }
+        results.save_state(str(summary["state"]), summary | {"command": redact(command)})
+        told |= {"state": summary["state"], "summary": {f"study/{name}": value for name, value in summary.items()}}
+        path = report(study.root, study.name)
+        told["artifacts"] = [("report.html", results.files.read("report.html"))]
     summary["report"] = path
     lines = [
         f"{study.name}: {summary['state']}, {len(trials)} trials ({len(failed)} failed), "
@@ -100,6 +80,51 @@ def launch(study: Any, command: str) -> tuple[dict[str, Any], list[str]]:
         f"report: {path}",
     ]
     return summary, lines
+
+
+def _searched(
+    study: Any, store: Store, results: Results, tracker: Any, ledger: Ledger, ahead: dict[str, Any]
+) -> tuple[list[Any], Progress]:
+    """The trials of a study's search, and who watched it."""
+    trials: list[Any] = []
+    recent = Recent()
+    try:
+        with ExitStack() as ends:
+            executor = executors.build(study.config["executor"]).start(study.name)
+            ends.callback(executor.close)
+            logging.getLogger("solvus").addHandler(recent)
+            ends.callback(logging.getLogger("solvus").removeHandler, recent)
+            watch = Progress(
+                ahead,
+                report=lambda numbers: results.save_state("running", numbers),
+                report_s=10.0 if is_remote(study.root) else 2.0,
+                load=executor.load,
+                spent=ledger.summary,
+                goal=study.goal,
+                recent=recent,
+            )
+            ends.callback(watch.close)
+            searched = run_study(study, executor, store, tracker, watch, ledger, trials)
+    except BaseException:
+        results.save_trials(trials)
+        results.save_state("interrupted", {"trials": sum(trial.state != "running" for trial in trials)})
+        raise
+    results.save_trials(trials)
+    results.save_search(searched)
+    return trials, watch
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what runs inside as Ctrl-C does; whoever called has their own handler back afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(signum: int, frame: Any) -> None:

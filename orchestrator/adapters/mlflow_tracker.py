@@ -25,6 +25,7 @@ log = logging.getLogger("solvus")
 MAX_PARAM = 500
 MAX_BATCH = 100  # parameters of one call
 MAX_METRICS = 1000  # metrics of one call
+ENDS = {"interrupted": "KILLED", "failed": "FAILED"}  # what MLflow calls the end of a launch
 DESCRIBE_S = 60.0  # how often the description is written while a study runs
 # Measurements have no clock of their own; one fixed time makes sending them twice the same as sending them once.
 EPOCH_MS = 1_700_000_000_000
@@ -144,9 +145,11 @@ class Mirror:
         self._trials.append(trial)
         self._queue.put(("trial", trial))
 
-    def close(self, summary: Mapping[str, Any], artifacts: list[tuple[str, bytes]]) -> None:
-        """Send what is left, then the artifacts; give up on a server that stays away."""
-        self._queue.put(("close", (summary, artifacts)))
+    def close(self, state: str, summary: Mapping[str, Any], artifacts: list[tuple[str, bytes]]) -> None:
+        """Send what is left, then the artifacts; give up on a server that stays away, soon when interrupted."""
+        if state == "interrupted":
+            self._grace = min(self._grace, 5.0)
+        self._queue.put(("close", (state, summary, artifacts)))
         last, moved = self._queue.qsize(), time.monotonic()
         while self._thread.is_alive():
             self._thread.join(0.1)
@@ -233,14 +236,14 @@ class Mirror:
             if self._parent is not None and time.monotonic() - self._described > DESCRIBE_S:
                 self._describe()
         elif self._parent is not None:
-            summary, artifacts = item
+            state, summary, artifacts = item
             for name, data in artifacts:
                 self._client.log_text(self._parent, data.decode(), name)
             self._client.log_batch(self._parent, metrics=self._metrics(summary, 0))
             self._describe()
             if self._monitor is not None:
                 self._monitor.finish()
-            self._client.set_terminated(self._parent)
+            self._client.set_terminated(self._parent, status=ENDS.get(state, "FINISHED"))
             self._memo.save()
 
     def _metrics(self, values: Mapping[str, Any], step: int) -> list[Any]:

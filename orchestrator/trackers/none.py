@@ -24,5 +24,5 @@ class NoTracker:
     def log(self, trial: Any) -> None:
         """Nothing."""
 
-    def close(self, summary: Mapping[str, Any], artifacts: list[tuple[str, bytes]]) -> None:
+    def close(self, state: str, summary: Mapping[str, Any], artifacts: list[tuple[str, bytes]]) -> None:
         """Nothing."""

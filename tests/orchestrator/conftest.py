@@ -33,7 +33,7 @@ class ListTracker:
     def log(self, trial: Any) -> None:
         self.trials.append(trial)
 
-    def close(self, summary: Any, artifacts: list[Path]) -> None:
+    def close(self, state: str, summary: Any, artifacts: list[Path]) -> None:
         """Nothing."""
 
 

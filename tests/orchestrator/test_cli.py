@@ -350,6 +350,27 @@ def test_cfg_prints_the_configuration_and_runs_nothing(solvus: Solvus, tmp_path:
     assert not (tmp_path / "root").exists()
 
 
+@pytest.mark.parametrize("verb", ["gc", "verify", "status", "report", "ui"])
+def test_cfg_belongs_to_verbs_that_compose_a_study(solvus: Solvus, tmp_path: Path, verb: str) -> None:
+    refused = solvus(verb, f"root={tmp_path}", "--cfg")
+    assert refused.code == 2 and "--cfg" in refused.err and "unknown option" in refused.err
+
+
+@pytest.mark.parametrize("argv", [["list", "solver", "nfe=4"], ["train", "digits", "steps=5"], ["doctor", "root=x"]])
+def test_settings_are_refused_by_verbs_that_take_none(solvus: Solvus, argv: list[str]) -> None:
+    refused = solvus(*argv)
+    assert refused.code == 2 and "takes no settings" in refused.err and argv[-1] in refused.err
+
+
+def test_a_frozen_configuration_takes_nothing_beside_it(solvus: Solvus, tmp_path: Path) -> None:
+    frozen = tmp_path / "frozen.json"
+    frozen.write_text(json.dumps(solvus("run", "study=tiny", f"root={tmp_path}", "--cfg", "--json").data))
+    for beside in (["num_samples=99"], ["--cfg"], ["--config-dir", str(tmp_path)]):
+        refused = solvus("run", "--frozen", str(frozen), *beside)
+        assert refused.code == 2 and "nothing beside it" in refused.err and beside[0] in refused.err
+    assert not (tmp_path / "store").exists()
+
+
 def test_help_and_version_answer_without_heavy_imports() -> None:
     code = (
         "import sys; from orchestrator.cli import main\n"

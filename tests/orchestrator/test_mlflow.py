@@ -148,6 +148,38 @@ def test_a_trial_that_cannot_be_shown_holds_nothing_up(
     assert states["1"] == "FINISHED" and states.get("0") != "FINISHED"
 
 
+@pytest.mark.parametrize("where", ["measuring", "report"])
+def test_a_launch_that_is_broken_off_does_not_stay_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    from orchestrator import loop
+    from orchestrator.api import run
+
+    def broken(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    seen = loop.measure
+    done: list[int] = []
+
+    def second(*arguments: Any) -> Any:
+        done.append(1)
+        return seen(*arguments) if len(done) < 2 else broken()
+
+    handler = signal.getsignal(signal.SIGTERM)
+    if where == "measuring":
+        monkeypatch.setattr(loop, "measure", second)
+    else:
+        monkeypatch.setattr("dashboards.report.build.write", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(*STUDY, f"root={tmp_path}")
+    launches, trials = runs(tmp_path)
+    assert [launch.info.status for launch in launches] == ["KILLED" if where == "measuring" else "FINISHED"]
+    assert len(trials) == (1 if where == "measuring" else 4)
+    state = Results(str(tmp_path), "tiny").state()["state"]
+    assert state == ("interrupted" if where == "measuring" else "complete")
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 def test_an_answer_that_cannot_be_read_is_no_fault_of_ours() -> None:
     from requests.exceptions import JSONDecodeError
 

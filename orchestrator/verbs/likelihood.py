@@ -1,28 +1,33 @@
-"""The verb that measures how likely a model finds its reference data."""
+"""``solvus likelihood``: how likely a model finds its reference data."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
 import sys
 from typing import Any
 
 from orchestrator.exits import COMPLETE
-from orchestrator.verbs_look import emit
+from orchestrator.verbs.printing import emit, is_shown
+from orchestrator.verbs.verb import Verb
 
 
-def likelihood(args: Any) -> int:
+def options(parser: argparse.ArgumentParser) -> None:
+    """How it is integrated, and of what."""
+    parser.add_argument("--exact", action="store_true", help="the exact trace, D directions instead of random ones")
+    parser.add_argument("--probes", type=int, help="random directions of Hutchinson's estimator (default 1)")
+    parser.add_argument("--steps", type=int, default=40, help="integration steps, even (default 40)")
+    parser.add_argument("--t-min", type=float, metavar="T", help="where the ODE starts (default the process's own)")
+    parser.add_argument("--bin-width", type=float, metavar="W", help="of the data (default 2/16 for the digits)")
+    parser.add_argument("--as-is", action="store_true", help="the density at the data as they are, not dequantised")
+
+
+def call(args: Any) -> int:
     """``solvus likelihood``: log-likelihood in nats and bits per dimension of the model's reference data."""
     from orchestrator import config
 
     data = config.compose(args.overrides, args.config_dir)
-    if args.cfg:
-        from omegaconf import OmegaConf
-
-        from orchestrator.redact import redact_all
-
-        shown = redact_all(data)
-        print(json.dumps(shown, indent=1) if args.json else OmegaConf.to_yaml(OmegaConf.create(shown)), end="")
+    if is_shown(args, data):
         return COMPLETE
     found = _measure(config.study(data), args)
     emit(args, found, _text(found))
@@ -126,3 +131,12 @@ def _text(found: dict[str, Any]) -> str:
         f"  cost            {found['nfe']:,} evaluations a sample ({found['steps']} steps from t={found['t_min']:g}, "
         f"{trace})"
     )
+
+
+VERB = Verb(
+    "how likely a model finds its reference data, in nats and in bits per dimension",
+    call,
+    options,
+    takes_settings=True,
+    composes=True,
+)
