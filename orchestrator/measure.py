@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -207,31 +207,55 @@ def measure(
     return values, errors
 
 
+class Influences(NamedTuple):
+    """A value and what every row of a range has to do with it.
+
+    Attributes:
+        value: of the rows that are there.
+        rows: first-order effect of each row on it, (stop - start,); NaN for rows in quarantine.
+        groups: the cluster of each row, (stop - start,); None where rows are independent.
+    """
+
+    value: float
+    rows: np.ndarray
+    groups: np.ndarray | None = None
+
+    @property
+    def independent(self) -> np.ndarray:
+        """One effect for each thing that is independent of the others: a row, or a cluster."""
+        if self.groups is None:
+            return self.rows
+        used = np.isfinite(self.rows)
+        return clustered(self.rows[used], self.groups[used])
+
+
 def influences(
     recipe: Recipe, metric: Spec, name: str, start: int, stop: int, store: Store, cluster: Cluster | None = None
-) -> tuple[float, np.ndarray]:
-    """A value and every row's first-order effect on it, (stop - start,): what paired comparisons subtract.
-
-    With clusters there is one effect a cluster instead, (G,), in the order of the sorted clusters.
-    """
+) -> Influences:
+    """A value and every row's first-order effect on it: what paired comparisons subtract."""
     plugin, needs, ref = registry.metrics.build(metric), scorers([metric]), reference(recipe, metric, store)
     summary, more = None, own_columns([metric]) + _columns_of(cluster)
     for chunk in chunks(recipe, needs, start, stop, store, more):
         part = plugin.summarize(chunk)
         summary = part if summary is None else plugin.merge(summary, part)
-    effects, groups = [], []
+    found, groups = [], []
     for chunk in chunks(recipe, needs, start, stop, store, more):
         if cluster is not None:
             chunk["group"] = clusters(chunk, cluster)
             groups.append(chunk["group"])
-        effects.append(plugin.influence(summary, ref, chunk)[name])
-    found = np.concatenate(effects)
-    if groups:
-        used = np.isfinite(found)
-        found = clustered(found[used], np.concatenate(groups)[used])
-    return plugin.compute(summary, ref)[name], found
+        found.append(plugin.influence(summary, ref, chunk)[name])
+    there = np.ones(stop - start, dtype=bool)
+    there[[index - start for index in aside(recipe, needs, store) if start <= index < stop]] = False
+    effects = np.full(stop - start, np.nan)
+    effects[there] = np.concatenate(found)
+    if not groups:
+        return Influences(plugin.compute(summary, ref)[name], effects)
+    known = np.concatenate(groups)
+    group = np.zeros(stop - start, dtype=known.dtype)
+    group[there] = known
+    return Influences(plugin.compute(summary, ref)[name], effects, group)
 
 
-def paired_difference(a: tuple[float, np.ndarray], b: tuple[float, np.ndarray]) -> tuple[float, float]:
+def paired_difference(a: Influences, b: Influences) -> tuple[float, float]:
     """Value of a minus value of b and its standard error, when both were measured on the same sample indices."""
-    return a[0] - b[0], standard_error(a[1] - b[1])
+    return a.value - b.value, standard_error(a.rows - b.rows, a.groups)

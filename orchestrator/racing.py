@@ -23,9 +23,7 @@ from dataclasses import dataclass, fields
 from statistics import NormalDist
 from typing import Any
 
-import numpy as np
-
-from orchestrator.measure import Cluster, influences, paired_difference
+from orchestrator.measure import Cluster, Influences, influences, paired_difference
 from tasks import registry
 from tasks.registry import Spec, coerce, unknown
 
@@ -112,7 +110,7 @@ class Race:
         self._sign = 1.0 if minimize else -1.0
         self._z = settings.quantile(full)
         self._incumbent: Any = None
-        self._effects: dict[int, tuple[float, np.ndarray]] = {}
+        self._effects: dict[int, Influences] = {}
 
     @property
     def start(self) -> int:
@@ -159,9 +157,8 @@ class Race:
             self._effects[trial.num_samples] = influences(
                 rival.recipe, spec, self.objective, first, stop, store, cluster
             )
-        theirs = self._effects[trial.num_samples]
-        if len(mine[1]) == len(theirs[1]):  # rows that were set aside break the pairing
-            difference, error = paired_difference(mine, theirs)
+        difference, error = paired_difference(mine, self._effects[trial.num_samples])
+        if math.isfinite(error):  # two rows in common, or clusters
             found.difference, found.error = self._sign * difference, error
 
     def _is_beaten(self, found: Look, rival: Any) -> bool:

@@ -71,7 +71,7 @@ def recommendation(group: Sequence[Row], name: str, view: StudyView) -> list[str
         effects = {_named(row): judge.effects(row) for row in same}
     except GONE:
         return []
-    values = {way: value + effect for way, (value, effect) in effects.items()}
+    values = {way: found.value + found.independent for way, found in effects.items()}
     if len(values) < 2 or not _comparable(list(values.values())):
         return []
     way, estimate, votes = choose(values)

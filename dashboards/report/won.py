@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from dashboards.report.study import GONE, Section, StudyView
 from dashboards.report.table import Measured, Table
 from dashboards.report.view import Z95, Row, compared, costs, parts, unequal
 from orchestrator import measure
-from orchestrator.plan import aside
 from tasks import registry
 from tasks.intervals import holm, two_sided
 
@@ -67,7 +64,7 @@ class Judge:
     def __init__(self, name: str, view: StudyView) -> None:
         self.name, self.lower, self._view = name, view.is_lower(name), view
         self._metric = metric_of(name, view.config)
-        self._known: dict[tuple[str, int, int], tuple[float, np.ndarray]] = {}
+        self._known: dict[tuple[str, int, int], measure.Influences] = {}
 
     def ranked(self, rows: list[Row]) -> list[Row]:
         """Best first."""
@@ -83,8 +80,8 @@ class Judge:
         if stop - first > 1 and a.recipe.get("seed") == b.recipe.get("seed"):
             try:
                 pair = self._effects(a, first, stop), (other or self)._effects(b, first, stop)
-                if len(pair[0][1]) == len(pair[1][1]):  # a cluster may be missing where rows are in quarantine
-                    value, error = measure.paired_difference(*pair)
+                value, error = measure.paired_difference(*pair)
+                if math.isfinite(error):
                     return Difference(value, error, stop - first)
             except GONE:
                 pass
@@ -96,11 +93,11 @@ class Judge:
         if count > row.span[1]:
             return None
         try:
-            return self._effects(row, row.span[0], row.span[0] + count)[0]
+            return self._effects(row, row.span[0], row.span[0] + count).value
         except GONE:
             return None
 
-    def effects(self, row: Row) -> tuple[float, np.ndarray]:
+    def effects(self, row: Row) -> measure.Influences:
         """A trial's value and every sample's first-order effect on it.
 
         Raises:
@@ -108,21 +105,12 @@ class Judge:
         """
         return self._effects(row, row.span[0], sum(row.span))
 
-    def _effects(self, row: Row, first: int, stop: int) -> tuple[float, np.ndarray]:
-        """The value on [first, stop) and every row's effect on it, (stop - first,); NaN for rows in quarantine."""
+    def _effects(self, row: Row, first: int, stop: int) -> measure.Influences:
         key = (row.data["key"], first, stop)
         if key not in self._known:
             recipe, store = self._view.recipe(row), self._view.store
             cluster = self._view.config.get("group_by")
-            value, effects = measure.influences(recipe, self._metric, self.name, first, stop, store, cluster)
-            if cluster is not None:  # one effect for all rows of a label or prompt
-                self._known[key] = value, effects
-                return self._known[key]
-            whole, there = np.full(stop - first, np.nan), np.ones(stop - first, bool)
-            out = aside(recipe, measure.scorers([self._metric]), store)
-            there[[index - first for index in out if first <= index < stop]] = False
-            whole[there] = effects
-            self._known[key] = value, whole
+            self._known[key] = measure.influences(recipe, self._metric, self.name, first, stop, store, cluster)
         return self._known[key]
 
 

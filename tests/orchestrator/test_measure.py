@@ -138,7 +138,7 @@ def test_pairing_equal_indices_gives_a_smaller_standard_error(gmm: Recipe, tmp_p
     errors = [measure.measure(r, METRICS, 0, 256, store)[1]["quality/frechet"] for r in (gmm, other)]
     values = [measure.measure(r, METRICS, 0, 256, store)[0]["quality/frechet"] for r in (gmm, other)]
     assert difference == values[0] - values[1]
-    assert [e[1].std(ddof=1) / 16 for e in effects] == pytest.approx(errors, rel=1e-6)
+    assert [e.rows.std(ddof=1) / 16 for e in effects] == pytest.approx(errors, rel=1e-6)
     assert 0 < paired < 0.5 * math.hypot(*errors)
 
 
@@ -176,13 +176,36 @@ def test_clusters_by_a_number_of_prompts_are_rows_whose_indices_agree(gmm: Recip
     values, errors = measure.measure(gmm, METRICS, 3, 67, store, cluster=8)
     plain = measure.measure(gmm, METRICS, 3, 67, store)
     assert values == plain[0]
-    value, effects = measure.influences(gmm, METRICS[0], "quality/frechet", 3, 67, store)
-    expected = standard_error(effects, np.arange(3, 67) % 8)
+    plain_effects = measure.influences(gmm, METRICS[0], "quality/frechet", 3, 67, store)
+    expected = standard_error(plain_effects.rows, np.arange(3, 67) % 8)
     assert errors["quality/frechet"] == pytest.approx(expected, rel=1e-12)
     assert errors["quality/frechet"] != plain[1]["quality/frechet"]
     grouped = measure.influences(gmm, METRICS[0], "quality/frechet", 3, 67, store, cluster=8)
-    assert grouped[0] == value and grouped[1].shape == (8,)
-    assert standard_error(grouped[1]) == pytest.approx(expected, rel=0.01)  # effects have mean zero up to 1 / n
+    assert grouped.value == plain_effects.value and np.array_equal(grouped.rows, plain_effects.rows)
+    assert grouped.independent.shape == (8,)
+    # Effects have mean zero up to 1 / n.
+    assert standard_error(grouped.independent) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("cluster", [None, 8])
+def test_rows_in_quarantine_leave_the_others_paired(gmm: Recipe, tmp_path: Path, cluster: int | None) -> None:
+    other = gmm.override({"seed": gmm.seed, "solver": "heun", "times.num_steps": 3})
+    for recipe in (gmm, other):
+        make(recipe, tmp_path, 3, 67, 16)
+    store = Store(tmp_path)
+
+    def found(recipe: Recipe) -> measure.Influences:
+        return measure.influences(recipe, METRICS[0], "quality/frechet", 3, 67, store, cluster)
+
+    _, whole = measure.paired_difference(found(gmm), found(other))
+    _, apart = measure.paired_difference(found(gmm), found(gmm))
+    store.quarantine(gmm.key, 5, "it killed its worker")
+    store.quarantine(other.key, 60, "it killed its worker")
+    lacking = found(gmm)
+    assert math.isnan(lacking.rows[2]) and np.isfinite(lacking.rows).sum() == 63
+    difference, error = measure.paired_difference(lacking, found(other))
+    assert apart == 0.0 and error == pytest.approx(whole, rel=0.1)
+    assert difference == lacking.value - found(other).value
 
 
 def test_clusters_by_label_are_the_labels(tmp_path: Path) -> None:
@@ -196,7 +219,7 @@ def test_clusters_by_label_are_the_labels(tmp_path: Path) -> None:
     ).completed()
     store = make(recipe, tmp_path, 0, 64, 64, [METRICS[1]])
     labels = [recipe.label(i) for i in range(64)]
-    effects = measure.influences(recipe, METRICS[1], "reward/ink", 0, 64, store)[1]
+    effects = measure.influences(recipe, METRICS[1], "reward/ink", 0, 64, store).rows
     errors = measure.measure(recipe, [METRICS[1]], 0, 64, store, cluster="label")[1]
     assert errors["reward/ink"] == pytest.approx(standard_error(effects, np.array(labels)), rel=1e-9)
 

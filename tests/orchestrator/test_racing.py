@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from orchestrator import racing
+from orchestrator.measure import Influences
 from orchestrator.ports import Proposal
 from orchestrator.racing import Race, Racing
 from orchestrator.registries import searches
@@ -29,7 +30,7 @@ class Draws:
             recipe: Any, spec: Any, name: str, first: int, stop: int, store: Any, cluster: Any = None
         ) -> Any:
             part = self.rows[recipe][first:stop]
-            return float(part.mean()), part - part.mean()
+            return Influences(float(np.nanmean(part)), part - np.nanmean(part))
 
         monkeypatch.setattr(racing, "influences", influences)
 
@@ -41,7 +42,7 @@ class Draws:
             proposal=Proposal({}, settled=bool(settled)),
         )  # fmt: skip
         while True:
-            trial.values = {LOSS: float(rows[: trial.num_samples].mean())}
+            trial.values = {LOSS: float(np.nanmean(rows[: trial.num_samples]))}
             more = race.look(trial, METRICS, None)
             if more is None:
                 return trial
@@ -61,6 +62,18 @@ def test_looks_grow_by_the_factor_and_end_at_the_full_number() -> None:
     assert Racing(start=256, factor=2.0).looks(4096) == (256, 512, 1024, 2048, 4096)
     assert Racing(start=100, factor=3.0).looks(1000) == (100, 300, 900, 1000)
     assert Racing(start=256).looks(64) == (64,)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [((0,), ()), ((200,), ()), ((), (0,)), ((7,), (200,))])
+def test_rows_in_quarantine_leave_the_others_paired(draws: Draws, mine: tuple[int], theirs: tuple[int]) -> None:
+    base = np.random.default_rng(3).standard_normal(4096)
+    best, worse = base.copy(), base + 0.3
+    best[list(theirs)], worse[list(mine)] = np.nan, np.nan
+    race = a_race(start=256)
+    draws.run(race, "best", best)
+    trial = draws.run(race, "worse", worse)
+    assert trial.stopped and trial.num_samples == 256
+    assert trial.looks[0].difference == pytest.approx(0.3, abs=0.03) and trial.looks[0].error < 1e-9
 
 
 @pytest.mark.parametrize("error", [0.05, 0.2])
