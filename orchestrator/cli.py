@@ -8,7 +8,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from orchestrator.exits import COMPLETE, INTERRUPTED, TERMINATED, USAGE, Terminated
+from orchestrator.exits import COMPLETE, FAILED, INTERRUPTED, TERMINATED, USAGE, Terminated
+from orchestrator.ports import ExecutorLost
 from orchestrator.verbs import VERBS
 
 EPILOG = """\
@@ -114,12 +115,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": text}))
         print(f"solvus: {text}", file=sys.stderr)
         return USAGE
+    except ExecutorLost as error:
+        print(f"solvus: {error}. {_continue(argv)}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt as ended:
-        command = shlex.join(["solvus", *(sys.argv[1:] if argv is None else argv)])
-        print(f"\nsolvus: interrupted. Nothing finished is lost; continue with: {command}", file=sys.stderr)
+        print(f"\nsolvus: interrupted. {_continue(argv)}", file=sys.stderr)
         return TERMINATED if isinstance(ended, Terminated) else INTERRUPTED
     except BrokenPipeError:
         return COMPLETE
+
+
+def _continue(argv: Sequence[str] | None) -> str:
+    command = shlex.join(["solvus", *(sys.argv[1:] if argv is None else argv)])
+    return f"Nothing finished is lost; continue with: {command}"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from orchestrator.plan import (
     shards,
     uncalibrated,
 )
-from orchestrator.ports import Executor, Proposal, Search, Tracker, WorkerLost
+from orchestrator.ports import Executor, ExecutorLost, Proposal, Search, Tracker, WorkerLost
 from orchestrator.registries import searches
 from orchestrator.store import CorruptShard, Store
 from orchestrator.study import Study
@@ -217,8 +217,14 @@ class _Loop:
         self.watch.ended(trial)
 
     def settle(self, trial: Trial, shard: Shard, future: Future) -> None:
-        """Account for a shard that ended one way or the other."""
+        """Account for a shard that ended one way or the other.
+
+        Raises:
+            ExecutorLost: so did everything else; no trial failed for that.
+        """
         error = future.exception()
+        if isinstance(error, ExecutorLost):
+            raise error
         if shard.calibrates:
             if error is None:
                 self.ledger.add(future.result())
@@ -255,6 +261,15 @@ class _Loop:
         if trial.open_shards == 0:
             self.accompanied(trial) if trial.ahead else self.finish(trial)
 
+    def _measure(self, trial: Trial) -> int | None:
+        """Fill in a trial's values and errors; how many samples its race wants of it now, if any."""
+        needed = trial.recipe, self.study.metrics, trial.first_index, trial.stop, self.store, self.study.group_by
+        trial.values, trial.errors = measure(*needed)
+        if trial.proposal.race is None:
+            return None
+        may_win = not _above_its_cap(trial)
+        return trial.proposal.race.look(trial, self.study.metrics, self.store, self.study.group_by, may_win)
+
     def _times(self, trial: Trial) -> list[float]:
         """The grid of a trial whose calibrations are done; empty if they failed."""
         if uncalibrated(trial.recipe, self.store):
@@ -268,13 +283,10 @@ class _Loop:
             trial.damaged = False
             return self.plan(trial)
         more = None
+        trial.cost = self.ledger.cost_of(trial.recipe, trial.first_index, trial.stop, self.store)
         if not trial.reason:
             try:
-                trial.values, trial.errors = measure(
-                    trial.recipe, self.study.metrics, trial.first_index, trial.stop, self.store, self.study.group_by
-                )
-                if trial.proposal.race is not None:
-                    more = trial.proposal.race.look(trial, self.study.metrics, self.store, self.study.group_by)
+                more = self._measure(trial)
             except CorruptShard as error:
                 log.warning("%s", error)
                 if trial.attempts < MAX_ATTEMPTS:
@@ -286,21 +298,13 @@ class _Loop:
         if more is not None:
             trial.num_samples, trial.attempts, trial.rounds = more, 0, 0
             return self.plan(trial)
+        if not trial.reason and (reason := _above_its_cap(trial)):
+            trial.reason = reason
+            log.error("%s: %s", trial.title, reason)
         without = aside(trial.recipe, scorers(self.study.metrics), self.store)
         trial.quarantined = {i: why for i, why in without.items() if trial.first_index <= i < trial.stop}
         trial.state = "failed" if trial.reason else "degraded" if trial.quarantined else "complete"
-        trial.cost = self.ledger.cost_of(trial.recipe, trial.first_index, trial.stop, self.store)
         trial.commit = origin()["commit"]
-        cap = trial.recipe.parts.strategy.budget.get("seconds")
-        if trial.state != "failed" and cap is not None and (trial.seconds or 0.0) > cap:
-            trial.state, trial.reason = (
-                "failed",
-                (
-                    f"its samples took {trial.seconds:.3g} device-seconds each, above strategy.budget.seconds={cap:g}. "
-                    "Raise it, or use fewer steps or candidates."
-                ),
-            )
-            log.error("%s: %s", trial.title, trial.reason)
         if trial.recipe.calibrations:
             kept = [self.store.get_json(ARTIFACTS, c.key) or {} for c in trial.recipe.calibrations]
             trial.cost["calibration_nfe"] = float(sum(meta.get("cost", {}).get("nfe", 0) for meta in kept))
@@ -308,3 +312,14 @@ class _Loop:
         self.search.tell(trial.proposal, None if trial.state == "failed" else trial.told)
         self.tracker.log(trial)
         self.watch.ended(trial)
+
+
+def _above_its_cap(trial: Trial) -> str:
+    """Why a trial that took too long fails; empty when it did not."""
+    cap = trial.recipe.parts.strategy.budget.get("seconds")
+    if cap is None or (trial.seconds or 0.0) <= cap:
+        return ""
+    return (
+        f"its samples took {trial.seconds:.3g} device-seconds each, above strategy.budget.seconds={cap:g}. "
+        "Raise it, or use fewer steps or candidates."
+    )

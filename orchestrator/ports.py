@@ -15,6 +15,10 @@ class WorkerLost(Exception):
     """A task whose worker died again and again: the task may be what kills it."""
 
 
+class ExecutorLost(Exception):
+    """The executor itself is gone, and every task with it: the launch ends, and the same command continues it."""
+
+
 @dataclass(frozen=True)
 class Load:
     """What an executor is doing.

@@ -103,10 +103,11 @@ class Race:
         objective: name of the value that decides.
         minimize: whether less is better.
         full: samples of a trial that goes all the way.
+        device_s: device-seconds of a sample above which a trial cannot win.
     """
 
-    def __init__(self, settings: Racing, objective: str, minimize: bool, full: int) -> None:
-        self.settings, self.objective, self.full = settings, objective, full
+    def __init__(self, settings: Racing, objective: str, minimize: bool, full: int, device_s: float = math.inf) -> None:
+        self.settings, self.objective, self.full, self._device_s = settings, objective, full, device_s
         self._sign = 1.0 if minimize else -1.0
         self._z = settings.quantile(full)
         self._incumbent: Any = None
@@ -117,14 +118,18 @@ class Race:
         """Samples of a new trial."""
         return self.settings.looks(self.full)[0]
 
-    def look(self, trial: Any, metrics: list[Spec], store: Any, cluster: Cluster | None = None) -> int | None:
+    def look(
+        self, trial: Any, metrics: list[Spec], store: Any, cluster: Cluster | None = None, may_win: bool = True
+    ) -> int | None:
         """Look at a measured trial.
 
         Args:
-            trial: with its values on ``num_samples`` samples; ``looks``, ``stopped`` and ``estimate`` are filled in.
+            trial: with its values and its cost on ``num_samples`` samples; ``looks``, ``stopped`` and ``estimate`` are
+                filled in.
             metrics: the study's.
             store: where the rows lie.
             cluster: what rows are alike in.
+            may_win: False for a trial that fails for another reason; others are not held against it.
 
         Returns:
             the number of samples it is to have now, or None when it is decided.
@@ -133,7 +138,8 @@ class Race:
         found = Look(trial.num_samples, value)
         trial.looks.append(found)
         if trial.num_samples >= self.full:
-            self._crown(trial)
+            if may_win and (trial.seconds or 0.0) <= self._device_s:
+                self._crown(trial)
             return None
         rival = self._incumbent
         if rival is not None and rival.first_index == trial.first_index:

@@ -10,7 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from orchestrator import telemetry
 from orchestrator.adapters import ray_rewards
 from orchestrator.adapters.ray_metrics import RayMetrics
-from orchestrator.ports import Load, WorkerLost
+from orchestrator.ports import ExecutorLost, Load, WorkerLost
 from orchestrator.registries import executors
 
 log = logging.getLogger("solvus")
@@ -148,6 +149,8 @@ class RayPool:
             )
         self._workers: list[_Worker] = []
         self._waiting: deque[_Job] = deque()
+        self._open: set[Future] = set()
+        self._broken: ExecutorLost | None = None
         self._notes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closed, self._load, self._retried = False, Load(), 0
         self._metrics = telemetry.open_sink(RayMetrics(study))
@@ -170,6 +173,10 @@ class RayPool:
         """Run a function on a worker; one with stages runs each where its pool is."""
         job = _Job(function, task, Future())
         job.future.set_running_or_notify_cancel()
+        self._open.add(job.future)
+        job.future.add_done_callback(self._open.discard)
+        if self._broken is not None:
+            _end(job.future, self._broken)
         self._notes.put(lambda: self._waiting.append(job))
         return job.future
 
@@ -183,13 +190,22 @@ class RayPool:
         telemetry.close_sink(self._metrics)
         self._thread.join(10)
         for worker in self._workers:
-            self._ray.kill(worker.handle)
+            self._kill(worker)
         if self._owned:
             self._ray.shutdown()
 
     # --- the pool's own thread ---------------------------------------------------------------------------------------
 
     def _own(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # without this thread, whoever waits for a task would wait for ever
+            self._broken = ExecutorLost(f"the pool of Ray workers broke ({type(error).__name__}: {error})")
+            self._broken.__cause__ = error
+            for future in list(self._open):
+                _end(future, self._broken)
+
+    def _work(self) -> None:
         interval = max(min(self._spec.silence_s / 6, 5.0), 0.2)
         listened = time.monotonic()
         while not self._closed:
@@ -246,20 +262,27 @@ class RayPool:
         worker.lost = True
         self._workers.remove(worker)
         log.warning("a worker was lost with %d task(s) in flight; they run again", len(worker.jobs))
+        self._kill(worker)
+        for job in worker.jobs:
+            self._again(job, error)
+        self._add(worker.stage)
+
+    def _kill(self, worker: _Worker) -> None:
         try:
             self._ray.kill(worker.handle)
         except Exception as gone:  # it may be beyond reach, which is why it was lost
-            log.debug("killing a lost worker: %s", gone)
-        for job in worker.jobs:
-            job.losses += 1
-            self._retried += job.losses < self._spec.max_losses
-            job.stage, job.carried = "generate", None
-            if job.losses >= self._spec.max_losses:
-                why = type(error).__name__ if error else "silence"
-                job.future.set_exception(WorkerLost(f"its worker died {job.losses} times ({why})"))
-            else:
-                self._waiting.appendleft(job)
-        self._add(worker.stage)
+            log.debug("killing a worker: %s", gone)
+
+    def _again(self, job: _Job, error: BaseException | None) -> None:
+        """Run a job from its beginning, unless it was lost too often."""
+        job.losses += 1
+        job.stage, job.carried = "generate", None
+        if job.losses < self._spec.max_losses:
+            self._retried += 1
+            self._waiting.appendleft(job)
+        else:
+            why = type(error).__name__ if error else "silence"
+            job.future.set_exception(WorkerLost(f"its worker died {job.losses} times ({why})"))
 
     def _listen(self) -> None:
         now = time.monotonic()
@@ -325,8 +348,7 @@ class RayPool:
             return  # the worker was given up meanwhile, and the task with it
         worker.jobs.remove(job)
         if isinstance(error, lost.ObjectLostError):
-            job.stage, job.carried, job.losses = "generate", None, job.losses + 1
-            self._waiting.appendleft(job)
+            self._again(job, error)
         elif error is not None:
             cause = getattr(error, "cause", None)
             job.future.set_exception(cause if isinstance(cause, Exception) else error)
@@ -335,6 +357,11 @@ class RayPool:
             self._waiting.appendleft(job)
         else:
             job.future.set_result(done.result())
+
+
+def _end(future: Future, error: Exception) -> None:
+    with suppress(InvalidStateError):  # both threads may come to it
+        future.set_exception(error)
 
 
 class _Actor:

@@ -34,16 +34,19 @@ class Draws:
 
         monkeypatch.setattr(racing, "influences", influences)
 
-    def run(self, race: Race, name: str, rows: np.ndarray, settled: int = 0) -> Any:
+    def run(
+        self, race: Race, name: str, rows: np.ndarray, settled: int = 0, seconds: float = 0.1, may_win: bool = True
+    ) -> Any:
         """One trial through the race; it comes back with its looks."""
         self.rows[name] = rows
         trial = SimpleNamespace(
             recipe=name, first_index=0, num_samples=settled or race.start, looks=[], stopped=False, estimate=None,
+            seconds=seconds,
             proposal=Proposal({}, settled=bool(settled)),
         )  # fmt: skip
         while True:
             trial.values = {LOSS: float(np.nanmean(rows[: trial.num_samples]))}
-            more = race.look(trial, METRICS, None)
+            more = race.look(trial, METRICS, None, may_win=may_win)
             if more is None:
                 return trial
             trial.num_samples = more
@@ -74,6 +77,17 @@ def test_rows_in_quarantine_leave_the_others_paired(draws: Draws, mine: tuple[in
     trial = draws.run(race, "worse", worse)
     assert trial.stopped and trial.num_samples == 256
     assert trial.looks[0].difference == pytest.approx(0.3, abs=0.03) and trial.looks[0].error < 1e-9
+
+
+@pytest.mark.parametrize(("seconds", "may_win"), [(2.0, True), (0.5, False)])
+def test_a_trial_that_fails_for_its_time_holds_nobody_back(draws: Draws, seconds: float, may_win: bool) -> None:
+    base = np.random.default_rng(3).standard_normal(4096)
+    race = Race(Racing(start=256), LOSS, True, 4096, device_s=1.0)
+    fast = draws.run(race, "too slow", base - 1.0, seconds=seconds, may_win=may_win)
+    assert not fast.stopped
+    later = draws.run(race, "later", base)
+    assert not later.stopped and later.num_samples == 4096
+    assert draws.run(race, "worse", base + 0.3).stopped
 
 
 @pytest.mark.parametrize("error", [0.05, 0.2])

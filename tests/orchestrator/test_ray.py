@@ -6,10 +6,12 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 import venv
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,10 @@ import ray
 import torch
 
 from orchestrator import rows
-from orchestrator.adapters.ray_executor import RayExecutor
+from orchestrator.adapters.ray_executor import RayExecutor, RayPool, _Job
 from orchestrator.adapters.ray_rewards import _HELD, RewardActor, ServedReward
 from orchestrator.plan import ARTIFACTS
-from orchestrator.ports import WorkerLost
+from orchestrator.ports import ExecutorLost, WorkerLost
 from orchestrator.store import CorruptShard, Store
 from orchestrator.study import Study
 from orchestrator.worker import perform
@@ -199,6 +201,56 @@ def test_a_task_that_always_kills_its_worker_is_given_up_after_the_losses_that_a
         assert pool.submit(lambda n: n + 1, 1).result(60) == 2
     finally:
         pool.close()
+
+
+class Unreachable:
+    """In place of Ray: a cluster that no longer answers, or one whose objects are always lost."""
+
+    class exceptions:  # as Ray names them
+        class RayActorError(Exception): ...
+
+        class WorkerCrashedError(Exception): ...
+
+        class ObjectLostError(Exception): ...
+
+    def cluster_resources(self) -> Any:
+        raise ConnectionError("the head is gone")
+
+
+def test_a_pool_that_breaks_ends_every_task_instead_of_leaving_it_waiting() -> None:
+    pool = a_pool(RayExecutor(workers=0, silence_s=1.2))
+    thread = threading.Thread(target=pool._own)
+    waiting = pool.submit(print, None)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    for future in (waiting, pool.submit(print, None)):
+        with pytest.raises(ExecutorLost, match="ConnectionError: the head is gone"):
+            future.result(1)
+
+
+def test_a_task_whose_objects_are_lost_is_given_up_after_the_losses_that_are_allowed() -> None:
+    pool = a_pool(RayExecutor(max_losses=3))
+    job = _Job(print, None, Future())
+    worker = SimpleNamespace(jobs=[job])
+    lost: Future = Future()
+    lost.set_exception(Unreachable.exceptions.ObjectLostError())
+    for losses in (1, 2, 3):
+        worker.jobs = [job]
+        pool._finished(worker, job, None, None, lost)  # type: ignore[arg-type]
+        assert job.losses == losses and job.future.done() == (losses == 3)
+    assert isinstance(job.future.exception(), WorkerLost) and pool._retried == 2
+
+
+def a_pool(spec: RayExecutor) -> RayPool:
+    """A pool without workers on a cluster that is gone; its thread is not started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RayPool, "_add", lambda *_: None)
+        patch.setattr(threading.Thread, "start", lambda *_: None)
+        patch.setattr("ray.is_initialized", lambda: True)
+        pool = RayPool(spec)
+    pool._ray = Unreachable()
+    return pool
 
 
 @pytest.mark.parametrize("fields", [{"workers": -1}, {"max_losses": 0}, {"cpus": -1.0}, {"gpus": -0.5}])

@@ -442,6 +442,23 @@ def test_a_confirmed_grid_runs_through_the_loop(make_study: Callable, launch: Ca
     assert generated == []
 
 
+def test_a_lost_executor_ends_the_launch_and_fails_no_trial(
+    make_study: Callable, launch: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import loop
+    from orchestrator.ports import ExecutorLost
+
+    def gone(shard: Any) -> Any:
+        raise ExecutorLost("the pool broke")
+
+    told: list[Any] = []
+    monkeypatch.setattr(loop, "perform", gone)
+    monkeypatch.setattr(loop._Loop, "finish", lambda _, trial: told.append(trial))
+    with pytest.raises(ExecutorLost):
+        launch(make_study())
+    assert told == []
+
+
 def test_a_trial_slower_than_its_cap_fails_with_the_numbers_and_keeps_its_rows(
     make_study: Callable, launch: Callable, gmm: Recipe
 ) -> None:

@@ -98,10 +98,9 @@ class OptunaSearch:
         self._spec, self._context = spec, context
         self._space = Space(spec.space, self._base(context))
         full = int(spec.set.get("num_samples", context.num_samples))
-        settings, better = Racing.from_data(spec.racing), context.better
-        self._race = (
-            None if settings is None else Race(settings, spec.objective, better[spec.objective] == "lower", full)
-        )
+        settings, minimize = Racing.from_data(spec.racing), context.better[spec.targets()[0]] == "lower"
+        cap = spec.constraints.get("device_s", math.inf)
+        self._race = None if settings is None else Race(settings, spec.objective, minimize, full, cap)
         self._study: Any = None
         self._replay: list[Any] = []
         self._leases: Leases | None = None
