@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from orchestrator import measure
 from orchestrator.files import is_remote
+from orchestrator.plan import aside, covered, missing
 from orchestrator.results import Results
 from orchestrator.store import Store
 from tasks.recipe import Recipe
@@ -149,7 +150,7 @@ class OpenStudy:
         if spec is None:
             raise KeyError(f"the store does not know recipe {key}. Run the study again to make its rows.")
         recipe = Recipe(**spec)
-        scorers = {spec["name"]: spec for spec in measure.scorers(self.config.get("metrics") or [])}
+        scorers = {spec["name"]: spec for spec in measure.scorers(measure.completed(self.config.get("metrics") or []))}
         stop = first + data["num_samples"]
         schema = self._schema(key)
         shown = [n for n in schema if n not in PICTURES] + list(scorers) if columns is None else list(columns)
@@ -158,11 +159,13 @@ class OpenStudy:
         if unknown:
             there = ", ".join(["trial", *schema, *scorers])
             raise ValueError(f"trial {data['number']} has no column {unknown[0]!r}. It has: {there}.")
-        table = self._read("rows", key, ["sample_id", *(n for n in wanted if n in schema)], first, stop)
+        out = self.store.quarantined(key)
+        table = self._read("rows", key, ["sample_id", *(n for n in wanted if n in schema)], first, stop, out)
         table = table.append_column("trial", pa.array([data["number"]] * table.num_rows, pa.int64()))
         for name in wanted:
             if name in scorers:
-                column = self._read("columns", recipe.column_key(scorers[name]), ["sample_id", "value"], first, stop)
+                place, out = recipe.column_key(scorers[name]), aside(recipe, [scorers[name]], self.store)
+                column = self._read("columns", place, ["sample_id", "value"], first, stop, out)
                 if columns is None and pa.types.is_fixed_size_list(column["value"].type):
                     shown = [n for n in shown if n != name]
                     continue
@@ -176,10 +179,18 @@ class OpenStudy:
             raise KeyError(f"rows of {key} are not in the store. Run the study again to make them.")
         return pq.read_schema(self._source("rows", key, record.file)).names
 
-    def _read(self, kind: str, key: str, columns: Sequence[str], start: int, stop: int) -> pa.Table:
-        """The committed rows of a range, each once, in order of their index; rows in quarantine are not among them."""
+    def _read(self, kind: str, key: str, columns: Sequence[str], start: int, stop: int, out: Iterable[int]) -> pa.Table:
+        """The committed rows of a range, each once, in order of their index, without those that were set aside.
+
+        Raises:
+            KeyError: some are missing that were not.
+        """
+        records = self.store.committed(kind, key)
+        if lacking := missing(start, stop, covered(records, out)):
+            gaps = ", ".join(f"{low}-{high}" for low, high in lacking[:5])
+            raise KeyError(f"{kind} {gaps} of {key} are not in the store. Run the study again to make them.")
         position, parts = start, []
-        for record in self.store.committed(kind, key):
+        for record in records:
             low, high = max(record.start, position), min(record.stop, stop)
             if low < high:
                 whole = pq.ParquetFile(self._source(kind, key, record.file)).read(
@@ -187,8 +198,6 @@ class OpenStudy:
                 )
                 parts.append(whole.slice(low - record.start, high - low))
                 position = high
-        if not parts:
-            raise KeyError(f"{kind} of {key} are not in the store. Run the study again to make them.")
         return pa.concat_tables(parts, promote_options="default")
 
     def _source(self, kind: str, key: str, file: str) -> Any:
@@ -215,10 +224,9 @@ class OpenStudy:
                 f"trial {trial} makes no pictures. Its samples are numbers: "
                 f"rows(columns=['x0'], where=[('trial', '==', {trial})])."
             )
-        first = data["first_index"]
-        table = self._read(
-            "rows", data["key"], ["sample_id", "label", "image"], first, first + min(count, data["num_samples"])
-        )
+        key, first = data["key"], data["first_index"]
+        stop, out = first + min(count, data["num_samples"]), self.store.quarantined(key)
+        table = self._read("rows", key, ["sample_id", "label", "image"], first, stop, out)
         from PIL import Image
 
         pictures = [Image.open(io.BytesIO(item["bytes"])) for item in table["image"].to_pylist()]

@@ -13,12 +13,12 @@ from typing import Any
 
 from orchestrator.files import is_remote
 from orchestrator.keys import FILES, GROUPS, VALUES, check_study_name, files_of
+from orchestrator.measure import completed
 from orchestrator.redact import redact_all
 from orchestrator.registries import EVERY
 from orchestrator.study import Study
 from tasks.overrides import PLAIN, PLUGINS
 from tasks.recipe import Recipe
-from tasks.registry import metrics as metric_registry
 from tasks.registry import unknown
 from tasks.schedule import SolverSchedule
 
@@ -258,16 +258,10 @@ def study(data: dict[str, Any]) -> Study:
     metrics = data["metrics"] or []
     if not isinstance(metrics, list):
         raise ValueError(f"metrics must be a list, for example [frechet, kid], got {metrics!r}.")
-    specs = [metric_registry.complete(spec) for spec in metrics]
-    # What every study needs, and what a value must never be shown without (perplexity: the entropy of the tokens).
-    beside = [other for spec in specs for other in getattr(metric_registry.get(spec["name"]), "beside", ())]
-    for metric in (*beside, "cost"):
-        if not any(spec["name"] == metric for spec in specs):
-            specs.append(metric_registry.complete(metric))
     return Study(
         name=name,
         recipe=recipe,
-        metrics=specs,
+        metrics=completed(metrics),
         search=EVERY["search"].complete(data["search"]),
         num_samples=data["num_samples"],
         first_index=data["first_index"],

@@ -21,11 +21,16 @@ def files_of(group: str, dirs: Sequence[str] = ()) -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted((folder / group).glob("*.yaml"))}
 
 
+def is_study_name(name: str) -> bool:
+    """Whether it can be the name of a folder, and of nothing else."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None
+
+
 def check_study_name(name: str) -> None:
     """Refuse what cannot name a study.
 
     Raises:
         ValueError: other characters than those of a folder's plain name, or too many.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if not is_study_name(name):
         raise ValueError(f"name becomes a folder: use letters, digits, '.', '_' and '-', at most 100; got {name!r}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -24,6 +24,22 @@ from tasks.registry import Spec
 
 CHUNK = 4096
 Z95 = 1.959963984540054
+
+
+def completed(metrics: Iterable[Spec | str]) -> list[Spec]:
+    """What a study measures that was asked for some metrics: these, then what goes with them, and the cost."""
+    groups = [accompanied(metric) for metric in metrics]
+    found = [group[0] for group in groups]
+    for spec in [*chain.from_iterable(group[1:] for group in groups), registry.metrics.complete("cost")]:
+        if not any(spec["name"] == other["name"] for other in found):
+            found.append(spec)
+    return found
+
+
+def accompanied(metric: Spec | str) -> list[Spec]:
+    """A metric, and those that its value must never be shown without (perplexity: the entropy of the tokens)."""
+    spec = registry.metrics.complete(metric)
+    return [spec, *map(registry.metrics.complete, getattr(registry.metrics.get(spec["name"]), "beside", ()))]
 
 
 def scorers(metrics: list[Spec]) -> list[Spec]:

@@ -14,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.files import is_remote, join, open_files
+from orchestrator.keys import check_study_name, is_study_name
 from orchestrator.redact import redact, redact_all
 from orchestrator.study import Study
 from orchestrator.trial import Trial
 
 
 class Results:
-    """The folder of one study."""
+    """The folder of one study.
+
+    Raises:
+        ValueError: a name that is no folder's, such as one that leads out of the root.
+    """
 
     def __init__(self, root: str, name: str) -> None:
+        check_study_name(name)
         self.name, self._root, self._place = name, root, join(root, "studies", name)
         self.files = open_files(self._place)
 
@@ -105,16 +111,18 @@ class Results:
         Raises:
             ValueError: the study has no search that finished a trial.
         """
+        from orchestrator.measure import completed
         from tasks import registry
 
         better: dict[str, str] = {}
-        for spec in [*(self.study().get("metrics") or []), "cost"]:
+        for spec in completed(self.study().get("metrics") or []):
             better |= registry.metrics.build(spec).better
         for entry in reversed(self.search()):
             column = f"value/{entry['objectives'][0]}"
             rows = [
                 row for row in self.trials()
-                if row["part"] == entry["part"] and not row.get("stopped") and row.get(column) is not None
+                if row["part"] == entry["part"] and row["state"] in ("complete", "degraded")
+                and not row.get("stopped") and row.get(column) is not None
             ]  # fmt: skip
             if rows:
                 sign = 1 if better[entry["objectives"][0]] == "lower" else -1
@@ -164,4 +172,4 @@ def is_alive(pid: int) -> bool:
 
 def known(root: str) -> list[str]:
     """Names of the studies below a root."""
-    return open_files(root).folders("studies")
+    return [name for name in open_files(root).folders("studies") if is_study_name(name)]

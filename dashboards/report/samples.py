@@ -17,7 +17,6 @@ import pyarrow as pa
 from dashboards.report.study import GONE, Section, StudyView
 from dashboards.report.view import Row, best_by_nfe, compared, parts
 from orchestrator import measure, rows
-from tasks import registry
 
 GRID_COLUMNS, GRID_TRIALS = 20, 12
 BROWSER_TRIALS, BROWSER_SAMPLES = 24, 128
@@ -158,7 +157,7 @@ def _scores(view: StudyView, row: Row, table: pa.Table, first: int, stop: int) -
         if name not in PLUMBING and (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
             found[name] = _finite(rows.to_numpy(table[name]))
     try:
-        recipe, needs = view.recipe(row), measure.scorers([*map(registry.metrics.complete, view.config["metrics"])])
+        recipe, needs = view.recipe(row), measure.scorers(measure.completed(view.config["metrics"]))
     except GONE:
         return found
     for spec in needs:

@@ -11,6 +11,7 @@ from typing import Any
 from dashboards.report.chart import Chart
 from dashboards.report.table import Table
 from dashboards.report.view import Row, value_names
+from orchestrator import measure
 from orchestrator.results import Results
 from orchestrator.store import CorruptShard, Store
 from tasks import registry
@@ -149,7 +150,8 @@ def _better(config: dict[str, Any], notices: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for spec in [*(config.get("metrics") or []), "cost"]:
         try:
-            found |= registry.metrics.build(spec).better
+            for one in measure.accompanied(spec):
+                found |= registry.metrics.build(one).better
         except (ValueError, TypeError, KeyError) as error:
             notices.append(f"a metric of this study is not known here, so nothing is ranked by it: {error}")
     return found

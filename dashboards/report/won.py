@@ -116,8 +116,7 @@ class Judge:
 
 def metric_of(name: str, config: dict[str, Any]) -> registry.Spec:
     """The spec of the metric that gives a value."""
-    specs = (registry.metrics.complete(spec) for spec in config["metrics"])
-    return next(spec for spec in specs if name in registry.metrics.build(spec).better)
+    return next(spec for spec in measure.completed(config["metrics"]) if name in registry.metrics.build(spec).better)
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,28 @@ def test_rows_in_quarantine_are_not_among_them(digits: Path, tmp_path: Path) -> 
     assert left.to_pylist() == [row for row in whole.to_pylist() if row["sample_id"] != 5]
 
 
+def test_a_range_that_is_gone_is_told_and_never_left_out(digits: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(digits, tmp_path / "copy")
+    study, store = open_study("digits", tmp_path / "copy"), Store(tmp_path / "copy")
+    key = study.trials()["key"][0].as_py()
+    store.withdraw("rows", key, store.committed("rows", key)[-1])
+    with pytest.raises(KeyError, match=f"rows 12-24 of {key} are not in the store. Run the study again"):
+        study.rows(columns=["sample_id"], where=[("trial", "==", 0)])
+    with pytest.raises(KeyError, match="rows 12-20"):
+        study.samples(0, count=20)
+    assert len(study.samples(0, count=12).indices) == 12
+
+
+@pytest.mark.parametrize("name", ["../../outside", "a/b", ".hidden", ""])
+def test_no_name_leads_out_of_the_root(solvus: Any, digits: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="name becomes a folder"):
+        open_study(name, digits)
+    refused = solvus("report", f"name={name}", f"root={digits}")
+    assert refused.code == 2 and "name" in refused.err
+
+
 @pytest.mark.slow
 def test_the_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -215,7 +215,8 @@ def test_a_search_is_answered_on_held_out_samples_with_its_optimism_at_equal_cou
     search = ["search=random", "search.num_trials=4", "search.space={nfe:{low:3,high:9}}", "search.held_out=256"]
     searched = solvus(*plain, "name=found", *search, "search.baselines=[{nfe:2}]")
     assert searched.code == 0, searched.err
-    best = Results(str(tmp_path), "found").best()
+    results = Results(str(tmp_path), "found")
+    best = results.best()
     again = solvus(*plain, "name=again", f"first_index={2**30}", f"nfe={best['nfe']}")
     (row,) = Results(str(tmp_path), "again").trials()
     text = " ".join(rendered(tmp_path, "found").text.split())
@@ -228,6 +229,21 @@ def test_a_search_is_answered_on_held_out_samples_with_its_optimism_at_equal_cou
     cells = dict(zip(table.head, table.rows[0], strict=True))
     assert (cells["winner"], cells["samples"], cells["held-out samples"]) == (name, 64, 256)
     assert cells["optimism"].value == pytest.approx(fresh - chosen) and cells["best baseline"] == "baseline 1"
+
+
+def test_a_failed_trial_is_never_the_best(solvus: Solvus, tmp_path: Path) -> None:
+    """Its value may be: it took longer than was allowed, say."""
+    argv = ["run", "model=gmm", "metrics=[{name:frechet,features:identity}]", "num_samples=32", "search=random"]
+    argv += ["search.num_trials=3", "search.held_out=0", "search.space={nfe:{low:3,high:9}}", "tracker=none"]
+    assert solvus(*argv, "name=found", f"root={tmp_path}").code == 0
+    results = Results(str(tmp_path), "found")
+    first = results.best()
+    file = tmp_path / "studies" / "found" / "trials.parquet"
+    rows = pq.read_table(file).to_pylist()
+    for row in rows:
+        row["state"] = "failed" if row["number"] == first["number"] else row["state"]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    assert results.best()["number"] != first["number"]
 
 
 # --- scaling ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
+from dashboards.report import won
+from dashboards.report.study import open_view
 from dashboards.report.view import Row
 from orchestrator.api import run
 from orchestrator.baselines import stock
@@ -120,13 +122,13 @@ def test_every_point_of_the_space_of_tokens_can_run() -> None:
 
 
 def test_a_search_over_times_filters_and_strategies_runs(tmp_path: Path) -> None:
-    judge = "{name: perplexity, model: {name: table, seed: 5}}"
+    metric = "{name: perplexity, model: {name: table, seed: 5}}"
     found = run(
         f"root={tmp_path}", "name=t", "model=table", "model.seed=5", "solver=ancestral", "reward=linear",
         "search=nsga2", "search.num_trials=4", "search.held_out=0", "num_samples=32", "batch_size=32", "tracker=none",
-        f"metrics=[{{name: mean_reward, reward: linear}}, {judge}]",
+        f"metrics=[{{name: mean_reward, reward: linear}}, {metric}]",
         "search.baselines=[{solver: first_hitting, nfe: 3}]",
-        "search.objectives=[reward/linear, quality/perplexity, quality/token_entropy]",
+        "search.objectives=[quality/token_entropy, reward/linear, quality/perplexity]",
         "search.space={schedule: {nfe: 3, times: free}, solver.filters: [[], [{name: temperature}]], "
         "strategy: [single, best_of_n], strategy.n: {low: 2, high: 3, when: {strategy: best_of_n}}}",
     )  # fmt: skip
@@ -134,6 +136,10 @@ def test_a_search_over_times_filters_and_strategies_runs(tmp_path: Path) -> None
     assert sum(bool(row["baseline"]) for row in table) == 1
     assert len(table) == 5 and all(row["state"] == "complete" for row in table)
     assert all(math.isfinite(row["value/quality/token_entropy"]) for row in table), "perplexity is never alone"
+    view = open_view(str(tmp_path), "t")
+    assert {"quality/perplexity", "quality/token_entropy"} <= set(view.qualities)
+    judge = won.Judge("quality/token_entropy", view)
+    assert judge.difference(*view.complete[:2]).shared == 32
 
 
 def test_perplexity_alone_is_no_objective(tmp_path: Path) -> None:
