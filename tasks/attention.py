@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -57,9 +58,17 @@ def _belongs(name: str, layer: str) -> bool:
 
 
 class _IdentityMaps(TorchFunctionMode):
-    """Answers scaled dot-product attention with its values, as if every token attended to itself alone."""
+    """Answers scaled dot-product attention as if every image token attended to no other image token.
 
-    calls = 0
+    Args:
+        num_text: text tokens in a joint attention, which go on attending to all and being attended to by all; without
+            any the answer is the values.
+        text_first: whether they come before the image's.
+    """
+
+    def __init__(self, num_text: int, text_first: bool) -> None:
+        super().__init__()
+        self.calls, self._num_text, self._text_first = 0, num_text, text_first
 
     def __torch_function__(
         self,
@@ -74,12 +83,22 @@ class _IdentityMaps(TorchFunctionMode):
         query, value = (args[i] if len(args) > i else kwargs[name] for i, name in ((0, "query"), (2, "value")))
         self.calls += 1
         assert query.shape[-2] == value.shape[-2], "a self-attention has as many keys as queries"
-        return value
+        if not self._num_text:
+            return value
+        count = query.shape[-2]
+        of_text = torch.arange(count, device=query.device) < self._num_text
+        of_text = of_text if self._text_first else of_text.flip(0)
+        seen = torch.eye(count, dtype=torch.bool, device=query.device) | of_text | of_text[:, None]
+        key = args[1] if len(args) > 1 else kwargs["key"]
+        return function(query, key, value, attn_mask=seen)
 
 
 @contextmanager
 def identity_maps(network: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
     """Within, the attention maps of these layers are the identity: their output is their values, projected.
+
+    Of a joint attention of image and text, which is given the text apart, this concerns image tokens among themselves;
+    FLUX's single blocks are not told which tokens are which, so there it concerns all.
 
     Only one thread may call the network meanwhile; a worker does so.
     """
@@ -88,13 +107,14 @@ def identity_maps(network: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
             module: Any = network.get_submodule(name)
             before = module.__dict__.get("forward")
             stack.callback(_restore, module, before)
-            module.forward = _perturbed(module.forward, name)
+            module.forward = _perturbed(module.forward, name, text_first="Flux" in type(module).__name__)
         yield
 
 
-def _perturbed(forward: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+def _perturbed(forward: Callable[..., Tensor], name: str, text_first: bool) -> Callable[..., Tensor]:
     def run(*args: Any, **options: Any) -> Tensor:
-        with _IdentityMaps() as mode:
+        text = args[1] if len(args) > 1 else options.get("encoder_hidden_states")
+        with _IdentityMaps(0 if text is None else text.shape[1], text_first) as mode:
             output = forward(*args, **options)
         if not mode.calls:
             raise ValueError(

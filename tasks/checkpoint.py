@@ -161,7 +161,7 @@ class Checkpoint:
     @property
     def skeleton(self) -> torch.nn.Module:
         """The network without weights or numbers, on the meta device: what it is made of."""
-        return _skeleton(json.dumps(self.config, sort_keys=True))
+        return skeleton(json.dumps(self.config, sort_keys=True))
 
     @property
     def blocks(self) -> Blocks:
@@ -186,7 +186,8 @@ class Checkpoint:
 
 
 @lru_cache(maxsize=64)
-def _skeleton(config: str) -> torch.nn.Module:
+def skeleton(config: str) -> torch.nn.Module:
+    """A diffusers network without weights, on the meta device, from its configuration as canonical JSON."""
     import diffusers
 
     found = json.loads(config)
@@ -198,7 +199,8 @@ def _skeleton(config: str) -> torch.nn.Module:
 def _blocks(config: str, shape: tuple[int, ...], num_classes: int) -> Blocks:
     with torch.device("meta"):
         labels = torch.zeros(1, dtype=torch.int64) if num_classes else None
-        return survey(_skeleton(config), torch.zeros(1, *shape), torch.zeros(1), labels)
+        network, x, time = skeleton(config), torch.zeros(1, *shape), torch.zeros(1)
+        return survey(network, lambda: network(x, time, labels))
 
 
 class UNetDenoiser:

@@ -82,7 +82,7 @@ class Blocks:
         return 1.0 - sum(saving for bit, saving in enumerate(self.savings) if mask >> bit & 1)
 
 
-def survey(network: nn.Module, *inputs: Any, **options: Any) -> Blocks:
+def survey(network: nn.Module, call: Callable[[], Any]) -> Blocks:
     """Find a network's blocks and what each costs, by running it.
 
     Every block is left out once, and torch's counter says how many multiply-adds (of matrix products, convolutions and
@@ -90,7 +90,7 @@ def survey(network: nn.Module, *inputs: Any, **options: Any) -> Blocks:
 
     Args:
         network: in evaluation mode.
-        inputs, options: one call of it.
+        call: runs it once.
 
     Returns:
         the blocks that really ran and whose shape survives: one whose output has another shape without it is no block.
@@ -107,13 +107,13 @@ def survey(network: nn.Module, *inputs: Any, **options: Any) -> Blocks:
 
             hooks.callback(block.register_forward_hook(note, with_kwargs=True).remove)
         with torch.no_grad():
-            network(*inputs, **options)
+            call()
     names = tuple(name for name, kept in ran.items() if kept)[:MAX_BLOCKS]
-    whole = multiply_adds(network, *inputs, **options)
+    whole = multiply_adds(call)
 
     def less(name: str) -> int:
         with without(network, (name,)):
-            return multiply_adds(network, *inputs, **options)
+            return multiply_adds(call)
 
     savings = (1.0 - less(name) / max(whole, 1) for name in names)
     return Blocks(names, tuple(savings))

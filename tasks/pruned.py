@@ -54,8 +54,9 @@ class Pruned:
         self._network, self._size, self._rows, self._active = network, num_rows, rows, active
         self.memory = dict(memory)
 
-    def __call__(self, x: Tensor, time: Tensor, labels: Tensor) -> Any:
-        """The prediction, (b, C, H, W), as ``sample``, which is where a diffusers network has it."""
+    def __call__(self, x: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True) -> Any:
+        """The prediction, (b, C, H, W), where a diffusers network has it."""
+        time, labels = timestep, class_labels
         network, rows, active = self._network, self._rows, self._active
         labelled = bool((labels != network.config.num_embeds_ada_norm).any())
         kind = "conditional" if labelled else "unconditional"
@@ -75,7 +76,8 @@ class Pruned:
             "patches": put(before["patches"], found),
             "cache": tuple((put(k, key), put(v, value)) for (k, v), (key, value) in pairs),
         }
-        return SimpleNamespace(sample=dit.image(network, found))
+        image = dit.image(network, found)
+        return SimpleNamespace(sample=image) if return_dict else (image,)
 
 
 @lru_cache(maxsize=64)

@@ -38,6 +38,11 @@ class Autoguidance:
 
     needs_labels = False
 
+    @property
+    def touches_layers(self) -> bool:
+        """Whether the bad version is the network without some of its blocks."""
+        return self.bad is None
+
     def __post_init__(self) -> None:
         if self.bad is None and self.skip < 1:
             raise ValueError(
@@ -78,6 +83,12 @@ class Autoguidance:
                 )
             good.blocks.check(self.skip, name)
             return
+        mine, its = (getattr(getattr(model, "prompt_table", None), "digest", None) for model in (good, self.model))
+        if mine != its:
+            raise ValueError(
+                f"autoguidance tells both versions of {name} the same prompts, but those of guidance.bad are others. "
+                f"Set guidance.bad.prompts={getattr(good, 'prompts', None)}."
+            )
         for what in ("noising", "shape", "num_classes"):
             mine, its = getattr(good, what), getattr(self.model, what)
             if mine != its:

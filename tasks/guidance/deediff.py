@@ -42,7 +42,7 @@ class DeeDiff:
 
     evaluations = 1
     needs_labels = False
-    edits_network = True
+    edits_network = touches_layers = True
     saves = True
 
     def __post_init__(self) -> None:

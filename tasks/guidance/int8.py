@@ -49,7 +49,7 @@ class Int8:
 
     evaluations = 1
     needs_labels = False
-    edits_network = True
+    edits_network = touches_layers = True
     saves = True
     calibrated_on: ClassVar[tuple[str, ...]] = ("labels",)
     calibration_revision: ClassVar[str] = "1"

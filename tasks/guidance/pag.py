@@ -35,6 +35,7 @@ class PerturbedAttention:
     layers: tuple[str, ...] = ()
 
     needs_labels = False
+    touches_layers = True
 
     @property
     def evaluations(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tasks import dit
+from tasks.pipelines.family import first_half
 from tasks.processes import expand, to_x0
 from tasks.registry import guidance
 from tasks.savings import Meter, branch_of, check_steps, twin
@@ -44,7 +45,7 @@ class RAS:
 
     evaluations = 1
     needs_labels = False
-    edits_network = True
+    edits_network = touches_layers = True
     remembers = True
     saves = True
 
@@ -97,7 +98,8 @@ class _Regional:
         def answer(x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor:
             time = torch.zeros(len(x), device=x.device) + self.process.model_time(t)
             labels = torch.full((len(x),), self._model.num_classes, device=x.device) if cond is None else cond
-            output = trajectory.predict(x.float(), time.float(), labels).to(x.dtype)
+            given = x.to(next(self._network.parameters()).dtype)
+            output = first_half(trajectory.predict(given, time.float(), labels), x.shape[1]).to(x.dtype)
             alpha, sigma = expand(self.process.alpha(t), x), expand(self.process.sigma(t), x)
             return to_x0(self.prediction, x, output, alpha, sigma)
 

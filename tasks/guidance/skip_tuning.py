@@ -37,7 +37,7 @@ class SkipTuning:
 
     evaluations = 1
     needs_labels = False
-    edits_network = True
+    edits_network = touches_layers = True
 
     def check_recipe(self, recipe: Any) -> None:
         """Refuse a model without skip connections.

@@ -46,7 +46,7 @@ class StepCache:
 
     evaluations = 1
     needs_labels = False
-    edits_network = True
+    edits_network = touches_layers = True
     remembers = True
     saves = True
 
@@ -65,6 +65,12 @@ class StepCache:
             raise ValueError(
                 f"guidance step_cache hooks into the blocks of a transformer, but model {recipe.model['name']} is none."
                 " Use a model that is one, such as digits_dit; for UNets, a hook sada."
+            )
+        blocks = sum(len(getattr(network, kind, ())) for kind in ("transformer_blocks", "single_transformer_blocks"))
+        if self.kind in ("first_block", "mag") and blocks < 2:
+            raise ValueError(
+                f"guidance.kind={self.kind} skips the blocks after the first, but model {recipe.model['name']} has "
+                f"{blocks} in all. Use taylorseer or pyramid."
             )
         check_steps(recipe, "step_cache")
         self._settings()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tasks import prompts
+from tasks.checkpoint import skeleton
+from tasks.layer_skip import Blocks, survey
 from tasks.pipelines.decoder import PipelineDecoder, decoder
 from tasks.pipelines.denoiser import PipelineDenoiser
-from tasks.pipelines.family import Setting
+from tasks.pipelines.family import Family, Setting
 from tasks.pipelines.folder import PipelineFolder, content
 from tasks.pipelines.hub import locate
 from tasks.processes import GaussianProcess
@@ -167,6 +172,16 @@ class DiffusersPipeline:
         return len(self.prompt_table) if self.folder.family.text else self.folder.family.classes(self.folder.network)
 
     @property
+    def skeleton(self) -> torch.nn.Module:
+        """The network without weights, on the meta device: what guidance may look for in it."""
+        return skeleton(json.dumps(self.folder.network, sort_keys=True))
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks of the network that steps may leave out."""
+        return _blocks(json.dumps(self.folder.network, sort_keys=True), self.folder.family, self.shape, self.setting)
+
+    @property
     def revision(self) -> str:
         """Hash of weights, configurations, vocabularies, adapters and prompts."""
         folder, parts = self.folder, [[content(file), scale] for file, scale in self.adapters]
@@ -199,6 +214,26 @@ class DiffusersPipeline:
             raise ValueError(f"model.offload={self.offload} moves weights off a cuda device. Set model.offload=none.")
         if recipe.device == "cpu" and self.dtype == "float16":
             raise ValueError("model.dtype=float16 needs device=cuda. Use float32 or bfloat16.")
+        self._check_surgery(recipe)
+
+    def _check_surgery(self, recipe: Any) -> None:
+        """Refuse options that cannot stand beside what changes the network between two evaluations."""
+        whole = recipe.parts.guidance
+        touching = [p.name for p in getattr(whole, "plugins", (whole,)) if getattr(p, "touches_layers", False)]
+        who = f"guidance {touching[0]} changes" if touching else "the schedule's skip changes"
+        if self.compile and (touching or recipe.masks):
+            raise ValueError(
+                f"{who} layers between two evaluations, which a compiled network does not see. Set model.compile=false."
+            )
+        if not getattr(whole, "remembers", False):
+            return
+        if self.offload != "none":
+            raise ValueError(f"{who} layers of a copy of the network: it needs model.offload=none.")
+        if self.halvings and recipe.device != "cpu":
+            raise ValueError(
+                f"guidance {touching[0]} remembers whole batches, which must not be halved when memory runs out. Set "
+                "model.halvings=0 and a batch_size that fits."
+            )
 
     def reference(self, count: int = 0) -> tuple[Any, Any]:
         """Refused: a pipeline brings no data that samples could be judged by."""
@@ -219,6 +254,14 @@ class DiffusersPipeline:
     def load(self, device: str) -> PipelineDenoiser:
         """The denoiser on a device."""
         return PipelineDenoiser(self, device)
+
+
+@lru_cache(maxsize=64)
+def _blocks(config: str, family: Family, shape: tuple[int, ...], setting: Setting) -> Blocks:
+    with torch.device("meta"):
+        network, x, time = skeleton(config), torch.zeros(1, *shape), torch.zeros(1)
+        blank = family.blank(json.loads(config), setting)
+        return survey(network, lambda: family.predict(None, network, x, time, blank, setting))
 
 
 _ALLOWED: dict[str, tuple[str | None, ...]] = {

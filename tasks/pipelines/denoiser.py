@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tasks.layer_skip import skipping
 from tasks.pipelines.decoder import decoder
 from tasks.pipelines.family import Encoded
 from tasks.pipelines.loading import load, prepare
@@ -43,6 +44,15 @@ class PipelineDenoiser:
         self.texts = Texts(self._encode, spec.text_identity(device)) if self._family.text else None
         self._assembled: OrderedDict[tuple[int, ...], Encoded] = OrderedDict()
         self._calls = Portions("the network", spec.halvings)
+
+    @property
+    def skeleton(self) -> torch.nn.Module:
+        """The network without weights, on the meta device: where work is counted."""
+        return self._spec.skeleton
+
+    def skipping(self, mask: int) -> AbstractContextManager[float]:
+        """Within, the network runs without the blocks of a mask; gives the share of multiply-adds that is left."""
+        return skipping(self.network, self._spec.blocks, mask)
 
     def remember(self, kept: Kept) -> None:
         """Keep encoded prompts there, and look for them there."""
@@ -96,7 +106,7 @@ class PipelineDenoiser:
 
         def answer(rows: slice) -> Tensor:
             here = self._conditions(None if cond is None else cond[rows], len(given[rows]))
-            return self._family.predict(self.pipe, given[rows], n[rows], here, self._setting)
+            return self._family.predict(self.pipe, self.network, given[rows], n[rows], here, self._setting)
 
         with self._attention():
             output = self._calls(answer, len(x)).to(x.dtype)

@@ -82,11 +82,16 @@ class Family:
         """What the network is given for one text, each (1, ...); None is the pipeline's own empty condition."""
         raise AssertionError(f"{type(self).__name__} takes labels")
 
-    def predict(self, pipe: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
+    def blank(self, config: Mapping[str, Any], setting: Setting) -> Any:
+        """Conditions of one row that say nothing, of the shapes that the network takes: where its work is counted."""
+        raise AssertionError("every family defines it")
+
+    def predict(self, pipe: Any, net: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
         """The network's answer, (B, *shape).
 
         Args:
             pipe: the loaded pipeline.
+            net: its network, or one in its place.
             x: states in the network's dtype.
             n: model times (training steps), (B,) float32.
             cond: encoded texts, (B, ...) each; or labels, (B,) int64.
@@ -108,10 +113,12 @@ def first_half(output: Tensor, channels: int) -> Tensor:
 
 
 def guidance_embedding(pipe: Any, net: Any, scale: float, x: Tensor) -> Tensor | None:
-    """The guidance scale as an input of a distilled UNet, (B, D); None where it has none."""
+    """The guidance scale as an input of a distilled UNet, (B, D); None where it has none. Zeros without a pipeline."""
     width = net.config.time_cond_proj_dim
     if width is None:
         return None
+    if pipe is None:  # where work is counted
+        return torch.zeros(len(x), width, dtype=x.dtype, device=x.device)
     scales = torch.full((len(x),), scale - 1.0)
     return pipe.get_guidance_scale_embedding(scales, embedding_dim=width).to(x.device, x.dtype)
 

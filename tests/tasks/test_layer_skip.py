@@ -49,7 +49,7 @@ def recipe(model="digits", steps=None, **changes):
 
 def test_the_work_of_a_network_built_by_hand_is_its_multiply_adds():
     network, x = by_hand(), torch.randn(5, 4)
-    blocks = survey(network, x)
+    blocks = survey(network, lambda: network(x))
     assert blocks.names == ("1", "2")
     whole = 16 + 2 * 24 + 2 * 8 + 2 * 12
     assert [blocks.share(mask) for mask in range(4)] == pytest.approx(
@@ -66,7 +66,7 @@ def test_the_work_of_a_network_built_by_hand_is_its_multiply_adds():
 
 def test_blocks_are_back_after_an_error():
     network, x = by_hand(), torch.randn(5, 4)
-    blocks, expected = survey(network, x), network(x)
+    blocks, expected = survey(network, lambda: network(x)), network(x)
     with pytest.raises(RuntimeError), skipping(network, blocks, 3):
         network(torch.randn(5, 3))
     assert torch.equal(network(x), expected)
@@ -77,7 +77,7 @@ def test_layers_of_a_transformer_encoder_become_the_identity():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     network, x = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval(), torch.randn(2, 5, 8)
-    blocks = survey(network, x)
+    blocks = survey(network, lambda: network(x))
     assert blocks.names == ("layers.0", "layers.1", "layers.2") and blocks.share(7) == pytest.approx(0.0, abs=1e-12)
     with torch.no_grad():
         expected = network.layers[2](network.layers[0](x))
@@ -94,7 +94,7 @@ def test_blocks_of_a_diffusion_transformer_become_the_identity():
         patch_size=2, num_embeds_ada_norm=10,
     ).eval()  # fmt: skip
     given = (torch.randn(2, 1, 8, 8), torch.full((2,), 300), torch.tensor([1, 2]))
-    blocks = survey(network, *given)
+    blocks = survey(network, lambda: network(*given))
     assert len(blocks.names) == 3
     with torch.no_grad():
         with skipping(network, blocks, 0b010):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tasks.pipelines.family import Family, Setting, first_half
@@ -24,9 +25,13 @@ class DDPM(Family):
         """Embeddings less the one for no label; 0 where there are none."""
         return max((config.get("num_class_embeds") or 0) - 1, 0)
 
-    def predict(self, pipe: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
+    def blank(self, config: Mapping[str, Any], setting: Setting) -> Tensor | None:
+        """A label where there are any, (1,)."""
+        return torch.zeros(1, dtype=torch.int64) if self.classes(config) else None
+
+    def predict(self, pipe: Any, net: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
         """The UNet's answer, without a learned variance."""
-        return first_half(pipe.unet(x, n, cond, return_dict=False)[0], x.shape[1])
+        return first_half(net(x, n, cond, return_dict=False)[0], x.shape[1])
 
 
 FAMILY = DDPM()

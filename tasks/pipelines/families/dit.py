@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tasks.pipelines.family import Family, Setting, first_half
@@ -22,9 +23,13 @@ class DiT(Family):
         """1000 for ImageNet."""
         return int(config["num_embeds_ada_norm"])
 
-    def predict(self, pipe: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
+    def blank(self, config: Mapping[str, Any], setting: Setting) -> Tensor:
+        """A label, (1,)."""
+        return torch.zeros(1, dtype=torch.int64)
+
+    def predict(self, pipe: Any, net: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
         """The transformer's mean; its variance is not used, as with a stock DDIM scheduler."""
-        output = pipe.transformer(x, timestep=n, class_labels=cond, return_dict=False)[0]
+        output = net(x, timestep=n, class_labels=cond, return_dict=False)[0]
         return first_half(output, x.shape[1])
 
 

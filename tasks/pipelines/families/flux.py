@@ -38,9 +38,15 @@ class Flux(Family):
         embeds, pooled, _ = pipe.encode_prompt(text or "", None, device=device, **tokens)
         return {"embeds": embeds, "pooled": pooled}
 
-    def predict(self, pipe: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
+    def blank(self, config: Mapping[str, Any], setting: Setting) -> Encoded:
+        """As :meth:`encode` gives them."""
+        return {
+            "embeds": torch.zeros(1, setting.max_tokens or 512, config["joint_attention_dim"]),
+            "pooled": torch.zeros(1, config["pooled_projection_dim"]),
+        }
+
+    def predict(self, pipe: Any, net: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
         """The transformer's velocity, (B, C, H, W)."""
-        net = pipe.transformer
         count, _, height, width = x.shape
         guidance = None
         if net.config.guidance_embeds:

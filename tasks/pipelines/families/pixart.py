@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,9 +31,13 @@ class PixArt(Family):
         embeds, mask, _, _ = pipe.encode_prompt(text or "", False, device=device, clean_caption=False, **tokens)
         return {"embeds": embeds, "mask": mask}
 
-    def predict(self, pipe: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
+    def blank(self, config: Mapping[str, Any], setting: Setting) -> Encoded:
+        """As :meth:`encode` gives them."""
+        tokens = setting.max_tokens or 120
+        return {"embeds": torch.zeros(1, tokens, config["caption_channels"]), "mask": torch.ones(1, tokens)}
+
+    def predict(self, pipe: Any, net: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
         """The transformer's mean."""
-        net = pipe.transformer
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if getattr(net, "use_additional_conditions", False) and net.config.sample_size == 128:
             resolution, ratio = [setting.height, setting.width], [setting.height / setting.width]

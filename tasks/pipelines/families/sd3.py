@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tasks.pipelines.family import Encoded, Family, Setting
@@ -29,9 +31,17 @@ class StableDiffusion3(Family):
         )
         return {"embeds": embeds, "pooled": pooled}
 
-    def predict(self, pipe: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
+    def blank(self, config: Mapping[str, Any], setting: Setting) -> Encoded:
+        """As :meth:`encode` gives them."""
+        tokens = 77 + (setting.max_tokens or 256)
+        return {
+            "embeds": torch.zeros(1, tokens, config["joint_attention_dim"]),
+            "pooled": torch.zeros(1, config["pooled_projection_dim"]),
+        }
+
+    def predict(self, pipe: Any, net: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
         """The transformer's velocity."""
-        return pipe.transformer(
+        return net(
             hidden_states=x,
             timestep=n,
             encoder_hidden_states=cond["embeds"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,16 +31,22 @@ class StableDiffusionXL(Family):
         embeds, pooled = (found[1], found[3]) if text is None else (found[0], found[2])
         return {"embeds": embeds, "pooled": pooled}
 
-    def predict(self, pipe: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
+    def blank(self, config: Mapping[str, Any], setting: Setting) -> Encoded:
+        """As :meth:`encode` gives them; the pooled text fills what the six sizes leave of the embedding's input."""
+        sizes = 6 * config["addition_time_embed_dim"]
+        pooled = config["projection_class_embeddings_input_dim"] - sizes
+        return {"embeds": torch.zeros(1, 77, config["cross_attention_dim"]), "pooled": torch.zeros(1, pooled)}
+
+    def predict(self, pipe: Any, net: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
         """The UNet's answer."""
         sizes = (setting.height, setting.width, 0, 0, setting.height, setting.width)
         ids = torch.tensor([sizes], dtype=x.dtype, device=x.device).repeat(len(x), 1)
         scale = 5.0 if setting.embedded_guidance is None else setting.embedded_guidance
-        return pipe.unet(
+        return net(
             x,
             n,
             encoder_hidden_states=cond["embeds"],
-            timestep_cond=guidance_embedding(pipe, pipe.unet, scale, x),
+            timestep_cond=guidance_embedding(pipe, net, scale, x),
             added_cond_kwargs={"text_embeds": cond["pooled"], "time_ids": ids},
             return_dict=False,
         )[0]

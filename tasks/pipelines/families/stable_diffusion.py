@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tasks.pipelines.family import Encoded, Family, Setting, guidance_embedding
@@ -27,14 +29,18 @@ class StableDiffusion(Family):
         embeds, _ = pipe.encode_prompt(text or "", device, 1, False)
         return {"embeds": embeds}
 
-    def predict(self, pipe: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
+    def blank(self, config: Mapping[str, Any], setting: Setting) -> Encoded:
+        """As :meth:`encode` gives them."""
+        return {"embeds": torch.zeros(1, 77, config["cross_attention_dim"])}
+
+    def predict(self, pipe: Any, net: Any, x: Tensor, n: Tensor, cond: Any, setting: Setting) -> Tensor:
         """The UNet's answer."""
         scale = 8.5 if setting.embedded_guidance is None else setting.embedded_guidance
-        return pipe.unet(
+        return net(
             x,
             n,
             encoder_hidden_states=cond["embeds"],
-            timestep_cond=guidance_embedding(pipe, pipe.unet, scale, x),
+            timestep_cond=guidance_embedding(pipe, net, scale, x),
             return_dict=False,
         )[0]
 
