@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tasks.checkpoint import file_digest
+from tasks.vocabulary import lacking
 
 SETTINGS = (".json", ".txt", ".model")  # files that change what a network does, beside its weights
 
@@ -31,12 +32,14 @@ class Source:
         folder: its folder below :func:`home`.
         fetch: what a person fetches, and from where.
         files: names of the weight files in the folder.
+        tokenizer: class in transformers of the tokenizer beside them; empty where no text is read.
     """
 
     plugin: str
     folder: str
     fetch: str
     files: tuple[str, ...] = ("model.safetensors",)
+    tokenizer: str = ""
 
     def find(self, path: str, pinned: str) -> Path:
         """The folder with the weights: the path given, a hub id at a pinned commit, or the plug-in's own below home.
@@ -58,6 +61,11 @@ class Source:
             raise ValueError(
                 f"{self.plugin} has no weights: {place} lacks {', '.join(missing)}. Fetch {self.fetch}, put them "
                 f"there, or set {field}.path to their folder."
+            )
+        if self.tokenizer and (absent := lacking(place, self.tokenizer)):
+            raise ValueError(
+                f"{self.plugin} cannot read prompts: {place} has no whole {self.tokenizer}, it lacks {absent}. Fetch "
+                f"{self.fetch}, and put the tokenizer's files there too."
             )
         return place
 

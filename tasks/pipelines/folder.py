@@ -12,6 +12,7 @@ from typing import Any
 from tasks.checkpoint import check_scheduler, file_digest, noising, prediction, read_json
 from tasks.pipelines.family import Family, family_of
 from tasks.processes import GaussianProcess
+from tasks.vocabulary import lacking
 
 WHAT: str = "a diffusers pipeline"
 # Parts of a pipeline that change no image here: the safety checker is never run.
@@ -58,6 +59,11 @@ class PipelineFolder:
                 "whole pipeline again."
             )
         if "tokenizer" in name:
+            if missing := lacking(folder, self.index[name][1]):
+                raise ValueError(
+                    f"{folder} is no whole {self.index[name][1]}: it lacks {missing}, without which prompts are not "
+                    f"read. Save or download {name}/ again."
+                )
             return
         if not self._weights(name):
             mark = f" of variant {self.variant!r}" if self.variant else ""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tasks.pipelines.folder import IGNORED
+from tasks.vocabulary import check_known, check_size
 
 
 def load(spec: Any, without: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> Any:
@@ -19,7 +20,7 @@ def load(spec: Any, without: Sequence[str] = (), given: Mapping[str, Any] | None
         given: components that were loaded already.
 
     Raises:
-        ValueError: weights that are damaged or do not fit, or an adapter that does not.
+        ValueError: weights that are damaged or do not fit, a vocabulary or an adapter that does not.
     """
     import diffusers
 
@@ -44,6 +45,7 @@ def load(spec: Any, without: Sequence[str] = (), given: Mapping[str, Any] | None
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(f"{spec.folder.root} cannot be loaded: {first}. Save or download it again.") from None
     pipe.set_progress_bar_config(disable=True)
+    _check_tokenizers(pipe, spec)
     _adapt(pipe, spec)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
@@ -60,6 +62,17 @@ def _be_quiet(spec: Any) -> None:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+
+
+def _check_tokenizers(pipe: Any, spec: Any) -> None:
+    """Refuse tokenizers that do not belong to their encoders, and prompts that none of them can read."""
+    names = [n for n in spec.folder.family.text if "tokenizer" in n and getattr(pipe, n, None) is not None]
+    for name in names:
+        encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"))
+        check_size(getattr(pipe, name), encoder.config.vocab_size, str(spec.folder.root / name))
+    if names:
+        texts = (*spec.prompt_table.texts, spec.negative_prompt or "")
+        check_known([getattr(pipe, name) for name in names], texts, str(spec.folder.root))
 
 
 def _adapt(pipe: Any, spec: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import registry, run
+from tasks import registry, run, vocabulary
 from tasks.noise import RowNoise
 from tasks.pipelines import decoder, hub
 from tasks.pipelines.memory import Portions
@@ -463,6 +463,80 @@ def test_a_folder_that_is_no_whole_pipeline_is_refused(saved, tmp_path, damage, 
     damage(tmp_path / "it")
     with pytest.raises(ValueError, match=message):
         build(tmp_path / "it")
+
+
+VOCABULARIES = [
+    (
+        "stable_diffusion",
+        "tokenizer",
+        "no whole CLIPTokenizer: it lacks vocab.json and merges.txt .or tokenizer.json.,",
+    ),
+    (
+        "pixart",
+        "tokenizer",
+        "no whole T5Tokenizer: it lacks spiece.model .or tokenizer.json., without which prompts are",
+    ),
+    ("sd3", "tokenizer_3", "/tokenizer_3 is no whole T5Tokenizer: .* Save or download tokenizer_3/ again"),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "message"), VOCABULARIES)
+def test_a_tokenizer_without_its_vocabulary_is_refused_when_planning(saved, tmp_path, name, part, message):
+    """transformers makes one of two words up, and the prompt is ignored."""
+    shutil.copytree(saved(name)[1], tmp_path / "it")
+    (tmp_path / "it" / part / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "it")
+
+
+def older_files(folder):
+    """The files of the tokenizer of a tiny pipeline in the older format."""
+    (folder / "tokenizer.json").unlink()
+    words = tiny.clip_tokenizer().get_vocab()
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def test_a_tokenizer_of_the_older_files_is_whole(saved, prompt_file, tmp_path):
+    shutil.copytree(saved("stable_diffusion")[1], tmp_path / "it")
+    older_files(tmp_path / "it" / "tokenizer")
+    made = [recipe(str(folder), prompt_file, solver=DDIM) for folder in (tmp_path / "it", saved("stable_diffusion")[1])]
+    np.testing.assert_array_equal(images(made[0]), images(made[1]))
+    (tmp_path / "it" / "tokenizer" / "merges.txt").unlink()
+    with pytest.raises(ValueError, match="it lacks merges.txt .or tokenizer.json., without"):
+        build(tmp_path / "it")
+
+
+def test_a_sentencepiece_vocabulary_needs_its_package(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved("pixart")[1], tmp_path / "it")
+    (tmp_path / "it" / "tokenizer" / "tokenizer.json").rename(tmp_path / "it" / "tokenizer" / "spiece.model")
+    monkeypatch.setattr(vocabulary, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="spiece.model cannot be read without a package: pip install sentencepiece"):
+        build(tmp_path / "it")
+    monkeypatch.setattr(vocabulary, "find_spec", lambda name: name)
+    build(tmp_path / "it")
+
+
+def test_a_vocabulary_of_another_model_is_refused_before_sampling(saved, tmp_path, prompt_file):
+    from transformers import CLIPTokenizer
+
+    shutil.copytree(saved("stable_diffusion")[1], tmp_path / "it")
+    words = ["a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
+    other = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
+    other.save_pretrained(tmp_path / "it" / "tokenizer")
+    made = recipe(str(tmp_path / "it"), prompt_file, solver=DDIM)
+    with pytest.raises(
+        ValueError, match="/tokenizer has 4 tokens, but its network was trained with 54, so texts would"
+    ):
+        images(made)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "pixart"])
+def test_a_prompt_of_which_no_tokenizer_knows_any_part_is_refused_before_sampling(saved, tmp_path, name):
+    (tmp_path / "prompts.txt").write_text("a fox\n\u72d0\u72f8 7\n")
+    made = recipe(saved(name)[1], str(tmp_path / "prompts.txt"), solver=DDIM)
+    with pytest.raises(ValueError, match="knows no part of the prompt '\u72d0\u72f8 7', so it would be ignored"):
+        images(made)
 
 
 def test_damaged_weights_are_refused_when_they_are_loaded(saved, tmp_path):

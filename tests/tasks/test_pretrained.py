@@ -124,6 +124,43 @@ def test_weights_that_are_not_whole_are_refused(tmp_path):
         build("features", "dinov2", path=str(folder))(SAMPLES, None)
 
 
+@pytest.mark.parametrize("name", PROMPTED)
+def test_a_reward_without_its_tokenizer_is_refused_when_planning(name, tmp_path):
+    """transformers makes one of two words up, and the score looks right."""
+    fields = tiny_weights.fields("reward", name)
+    shutil.copytree(fields["path"], tmp_path / "it")
+    (tmp_path / "it" / "tokenizer.json").unlink()
+    message = (
+        f"reward {name} cannot read prompts: {tmp_path}/it has no whole .*Tokenizer, it lacks vocab.* Fetch .* from"
+    )
+    with pytest.raises(ValueError, match=message):
+        build("reward", name, path=str(tmp_path / "it")).check((3, 20, 20))
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_a_reward_with_another_model_s_tokenizer_is_refused(name, tmp_path):
+    from transformers import BertTokenizer, CLIPTokenizer
+
+    shutil.copytree(tiny_weights.fields("reward", name)["path"], tmp_path / "it")
+    cls = BertTokenizer if name in ("image_reward", "vqa_yes") else CLIPTokenizer
+    words = (
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] if cls is BertTokenizer else ["<|startoftext|>", "<|endoftext|>"]
+    )
+    cls(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "it")
+    with pytest.raises(ValueError, match="/it has . tokens, but its network was trained with .., so texts would not"):
+        scores(name, SAMPLES, path=str(tmp_path / "it"))
+
+
+def test_what_reads_pictures_alone_needs_no_tokenizer(tmp_path):
+    for kind, name in (("reward", "aesthetic"), ("features", "clip")):
+        folder = tmp_path / name
+        shutil.copytree(tiny_weights.fields(kind, name)["path"], folder)
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+        found = build(kind, name, path=str(folder))(SAMPLES, None)
+        torch.testing.assert_close(found, build(kind, name)(SAMPLES, None))
+
+
 # --- definitions -----------------------------------------------------------------------------------------------------
 
 
