@@ -13,6 +13,7 @@ from tasks.pipelines.denoiser import PipelineDenoiser
 from tasks.pipelines.family import Setting
 from tasks.pipelines.folder import PipelineFolder, content
 from tasks.pipelines.hub import locate
+from tasks.pipelines.whole import check_whole
 from tasks.processes import GaussianProcess
 from tasks.prompts import Prompts
 from tasks.recipe import digest
@@ -185,7 +186,7 @@ class DiffusersPipeline:
                 self.dtype, self.max_tokens, device]  # fmt: skip
 
     def check_recipe(self, recipe: Any) -> None:
-        """Refuse what the device cannot do, and guidance without prompts.
+        """Refuse what the device cannot do, guidance without prompts, and weights that are not whole.
 
         Raises:
             ValueError: says what, and what to do.
@@ -199,6 +200,7 @@ class DiffusersPipeline:
             raise ValueError(f"model.offload={self.offload} moves weights off a cuda device. Set model.offload=none.")
         if recipe.device == "cpu" and self.dtype == "float16":
             raise ValueError("model.dtype=float16 needs device=cuda. Use float32 or bfloat16.")
+        check_whole(self.folder)
 
     def reference(self, count: int = 0) -> tuple[Any, Any]:
         """Refused: a pipeline brings no data that samples could be judged by."""

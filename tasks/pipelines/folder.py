@@ -65,7 +65,7 @@ class PipelineFolder:
                     f"read. Save or download {name}/ again."
                 )
             return
-        if not self._weights(name):
+        if not self.weights(name):
             mark = f" of variant {self.variant!r}" if self.variant else ""
             others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".safetensors", ".pt"))
             raise ValueError(
@@ -73,7 +73,8 @@ class PipelineFolder:
                 "not loaded: convert them (save_pretrained with safe_serialization), or set model.variant."
             )
 
-    def _weights(self, name: str) -> list[Path]:
+    def weights(self, name: str) -> list[Path]:
+        """The weight files of a component, of the variant that was asked for."""
         mark = re.compile(r"\.(fp16|bf16|fp32|non_ema|ema)\b")
         found = sorted((self.root / name).glob("*.safetensors"))
         if self.variant:
@@ -105,7 +106,7 @@ class PipelineFolder:
         for name in names:
             plain = [p for p in (self.root / name).iterdir() if p.suffix in (".json", ".txt", ".model")]
             plain = [p for p in plain if not p.name.endswith(".index.json")]
-            for path in sorted([*self._weights(name), *plain]):
+            for path in sorted([*self.weights(name), *plain]):
                 found.append([name, path.name, content(path)])
         return hashlib.sha256(json.dumps([found, self.scheduler], sort_keys=True).encode()).hexdigest()[:16]
 

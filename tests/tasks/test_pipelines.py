@@ -539,12 +539,92 @@ def test_a_prompt_of_which_no_tokenizer_knows_any_part_is_refused_before_samplin
         images(made)
 
 
-def test_damaged_weights_are_refused_when_they_are_loaded(saved, tmp_path):
+def edited(saved, folder, name, part, edit):
+    """A copy of a pipeline in which the tensors of one component are others."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(saved(name)[1], folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    state = edit(load_file(file))
+    save_file(state, file, metadata={"format": "pt"})
+    return str(folder)
+
+
+def without(state, count=3):
+    """Without its first matrices."""
+    gone = [key for key in sorted(state) if state[key].dim() > 1][:count]
+    return {key: value for key, value in state.items() if key not in gone}
+
+
+PARTS = [("stable_diffusion", "text_encoder"), ("stable_diffusion", "unet"), ("stable_diffusion", "vae")]
+PARTS += [("sd3", "text_encoder_3"), ("dit", "transformer"), ("ddpm", "unet")]
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_weights_without_some_tensors_are_refused_when_planning(saved, tmp_path, prompt_file, name, part):
+    """transformers draws them at random; diffusers leaves them without numbers."""
+    folder = edited(saved, tmp_path / "it", name, part, without)
+    prompts = prompt_file if name in ("stable_diffusion", "sd3") else None
+    message = f"it/{part} is no whole .*: missing: 3 tensors, .* first. Save or download {part}/ again"
+    with pytest.raises(ValueError, match=message):
+        recipe(folder, prompts, None)
+    with pytest.raises(ValueError, match=message):
+        build(folder).load("cpu")
+    if part == "vae":
+        with pytest.raises(ValueError, match=message):
+            build(folder).load_decoder("cpu")
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS[:2])
+def test_weights_of_another_shape_are_refused_when_planning(saved, tmp_path, prompt_file, name, part):
+    def wider(state):
+        key = min(key for key in state if state[key].dim() > 1)
+        return state | {key: torch.cat([state[key], state[key]])}
+
+    folder = edited(saved, tmp_path / "it", name, part, wider)
+    with pytest.raises(ValueError, match=f"it/{part} .* shape.* Save or download {part}/ again"):
+        recipe(folder, prompt_file, None)
+
+
+def test_tied_tensors_saved_once_and_buffers_that_need_no_saving_are_no_loss(saved, tmp_path, prompt_file):
+    def other_end(state):
+        return {key.replace("shared", "encoder.embed_tokens"): value for key, value in state.items()}
+
+    def with_places(state):
+        return state | {"text_model.embeddings.position_ids": torch.arange(16)[None]}
+
+    for name, part, edit in (("pixart", "text_encoder", other_end), ("stable_diffusion", "text_encoder", with_places)):
+        made = recipe(edited(saved, tmp_path / name, name, part, edit), prompt_file, None, solver=DDIM)
+        np.testing.assert_array_equal(images(made), images(recipe(saved(name)[1], prompt_file, None, solver=DDIM)))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_damaged_weights_are_refused_when_planning(saved, tmp_path, prompt_file, part):
     shutil.copytree(saved("stable_diffusion")[1], tmp_path / "it")
-    weights = tmp_path / "it" / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot be loaded: .* Save or download it again"):
-        build(tmp_path / "it").load("cpu")
+    (weights,) = (tmp_path / "it" / part).glob("*.safetensors")
+    for size in (1000, weights.stat().st_size - 10):  # within the header, and within the tensors
+        weights.write_bytes(weights.read_bytes()[:size])
+        with pytest.raises(ValueError, match=f"it/{part}/.*safetensors is damaged: .* Save or download {part}/ again"):
+            recipe(str(tmp_path / "it"), prompt_file)
+        shutil.copy(next((Path(saved("stable_diffusion")[1]) / part).glob("*.safetensors")), weights)
+
+
+def test_a_component_without_its_configuration_is_refused_when_planning(saved, tmp_path, prompt_file):
+    shutil.copytree(saved("stable_diffusion")[1], tmp_path / "it")
+    (tmp_path / "it" / "text_encoder" / "config.json").unlink()
+    with pytest.raises(ValueError, match="it/text_encoder has no config.json, so it is not the text_encoder of"):
+        recipe(str(tmp_path / "it"), prompt_file)
+
+
+def test_a_device_without_room_for_the_weights_is_an_error_that_says_what_to_do(saved, monkeypatch):
+    import diffusers
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "to", full)
+    with pytest.raises(ValueError, match="do not fit on cpu as float32: CUDA out of memory.* Set model.dtype=bfloat16"):
+        build(saved("ddpm")[1]).load("cpu")
 
 
 WRONG = [
