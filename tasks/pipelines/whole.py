@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tasks.checkpoint import check_weights
 from tasks.pipelines.folder import PipelineFolder
 
 LIBRARIES = ("diffusers", "transformers")
@@ -41,15 +42,9 @@ def check_whole(folder: PipelineFolder) -> None:
 def _check(
     root: str, name: str, library: str, cls: str, variant: str | None, config: str, stamp: tuple[Any, ...]
 ) -> None:
-    from safetensors import SafetensorError, safe_open
-
     again = f"Save or download {name}/ again."
     for file, *_ in stamp:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged: {error}. {again}") from None
+        check_weights(Path(file), again)
     if "quantization_config" in json.loads(config):
         return  # its tensors have other names, which its own package knows
     place, options = Path(root) / name, {"variant": variant} if variant else {}

@@ -1,7 +1,9 @@
 """Rewards and features of pretrained networks: definitions on tiny models of the same classes, and missing weights."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from tasks import blip_tower, clip_tower, registry
 from tasks.pictures import CLIP_MEAN, CLIP_STD, Preparation
-from tasks.pretrained import home
+from tasks.pretrained import from_folder, home
 from tasks.recipe import scorer_identity
 
 REWARDS = ["clip_score", "pick_score", "hps_v2", "image_reward", "aesthetic", "vqa_yes"]
@@ -122,6 +124,46 @@ def test_weights_that_are_not_whole_are_refused(tmp_path):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="is no whole Dinov2Model: layernorm.weight"):
         build("features", "dinov2", path=str(folder))(SAMPLES, None)
+
+
+@pytest.mark.parametrize(("kind", "name"), [*(("reward", n) for n in REWARDS), *(("features", n) for n in FEATURES)])
+def test_weights_that_were_cut_short_are_refused_when_planning(kind, name, tmp_path):
+    fields = tiny_weights.fields(kind, name)
+    for file in (p for p in Path(fields["path"]).iterdir() if p.suffix in (".safetensors", ".pt", ".pth")):
+        shutil.copytree(fields["path"], tmp_path / file.name)
+        (tmp_path / file.name / file.name).write_bytes(file.read_bytes()[:-20])
+        with pytest.raises(ValueError, match=rf"{re.escape(file.name)} is damaged \(\d+ bytes\): .* Fetch .* again"):
+            build(kind, name, path=str(tmp_path / file.name)).check((3, 28, 28))
+
+
+def test_inception_weights_that_were_cut_short_are_refused_when_planning(tmp_path):
+    (tmp_path / "it.pth").write_bytes(tiny_weights.inception().read_bytes()[:-20])
+    extractor = build("features", "inception_v3", path=str(tmp_path / "it.pth"))
+    with pytest.raises(ValueError, match="it.pth is damaged .* Fetch https"):
+        extractor.check((3, 28, 28))
+
+
+@pytest.mark.parametrize(("kind", "name"), [*(("reward", n) for n in REWARDS), *(("features", n) for n in FEATURES)])
+def test_a_folder_of_another_model_is_refused_when_planning(kind, name, tmp_path):
+    shutil.copytree(tiny_weights.fields(kind, name)["path"], tmp_path / "it")
+    other = tiny_weights.clip() if name == "dinov2" else tiny_weights.dinov2()
+    shutil.copy(other / "config.json", tmp_path / "it")
+    message = (
+        f"{kind} {name} needs a model of type '.*', but {tmp_path}/it/config.json describes one of type '.*'. Fetch"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(kind, name, path=str(tmp_path / "it")).check((3, 28, 28))
+
+
+def test_weights_that_are_damaged_after_planning_are_an_error_that_says_what_to_do(tmp_path):
+    from transformers import Dinov2Model
+
+    shutil.copytree(tiny_weights.dinov2(), tmp_path / "it")
+    (tmp_path / "it" / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(
+        ValueError, match="it cannot be loaded as a Dinov2Model: Error while deserializing header.* Fetch it"
+    ):
+        from_folder(Dinov2Model, tmp_path / "it", "cpu")
 
 
 @pytest.mark.parametrize("name", PROMPTED)
