@@ -12,7 +12,7 @@ from tasks.pipelines.decoder import PipelineDecoder, decoder
 from tasks.pipelines.denoiser import PipelineDenoiser
 from tasks.pipelines.family import Setting
 from tasks.pipelines.folder import PipelineFolder, content
-from tasks.pipelines.hub import locate
+from tasks.pipelines.hub import locate, locate_adapter
 from tasks.pipelines.whole import check_whole
 from tasks.processes import GaussianProcess
 from tasks.prompts import Prompts
@@ -115,7 +115,7 @@ class DiffusersPipeline:
     @cached_property
     def folder(self) -> PipelineFolder:
         """The folder, checked."""
-        return PipelineFolder(locate(self.path), self.variant, self.scheduler)
+        return PipelineFolder(locate(self.path, variant=self.variant), self.variant, self.scheduler)
 
     @cached_property
     def prompt_table(self) -> Prompts:
@@ -242,7 +242,7 @@ def _adapter(item: dict[str, Any], what: str) -> tuple[Path, float]:
     if wrong or not isinstance(item.get("path"), str) or isinstance(scale, bool) or not isinstance(scale, int | float):
         raise ValueError(f"{what} must be {{path: …, weight: file name or null, scale: number}}, got {item!r}.")
     place = Path(item["path"]).expanduser()
-    place = place if place.is_file() else locate(item["path"], f"{what}.path")
+    place = place if place.is_file() else locate_adapter(item["path"], f"{what}.path", item.get("weight"))
     files = [place] if place.is_file() else sorted(place.glob(item.get("weight") or "*.safetensors"))
     if len(files) != 1 or files[0].suffix != ".safetensors" or not files[0].is_file():
         found = ", ".join(file.name for file in files) or "nothing"

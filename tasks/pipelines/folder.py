@@ -41,15 +41,11 @@ class PipelineFolder:
             )
         self.index = read_json(index, WHAT)
         self.family: Family = family_of(str(self.index.get("_class_name")), str(root))
-        self.components = tuple(name for name in self.family.components if self._has(name))
+        self.components = self.family.saved(self.index)
         for name in self.components:
             self._check(name)
         self.scheduler = read_json(root / "scheduler" / "scheduler_config.json", "a scheduler") | (scheduler or {})
         check_scheduler(self.scheduler)
-
-    def _has(self, name: str) -> bool:
-        """Whether the pipeline was saved with an optional component."""
-        return name not in self.family.optional or (self.index.get(name) or [None])[0] is not None
 
     def _check(self, name: str) -> None:
         folder = self.root / name

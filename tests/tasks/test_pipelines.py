@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -634,7 +635,10 @@ WRONG = [
     ({"dtype": "half"}, "model.dtype must be one of float32, bfloat16, float16, got 'half'"),
     ({"halvings": -1}, "model.halvings must be at least 0"),
     ({"lora": [{"file": "x"}]}, "model.lora.0 must be"),
-    ({"lora": [{"path": "/nowhere"}]}, "model.lora.0.path '/nowhere' is not a folder"),
+    (
+        {"lora": [{"path": "/nowhere"}]},
+        "model.lora.0.path '/nowhere' is not there. Give a .safetensors file, a folder with one, or OWNER",
+    ),
     ({"variant": "fp16"}, "no .safetensors weights of variant 'fp16'; found diffusion_pytorch_model.safetensors"),
     ({"prompts": "/nowhere.txt"}, "does not exist"),
     ({"scheduler": {"beta_schedule": "odd"}}, "unknown beta schedule 'odd'"),
@@ -710,6 +714,144 @@ def test_the_hub_s_refusals_say_what_to_do(monkeypatch, error, message):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ValueError, match=message):
         build("owner/name@" + "0123456789" * 4)
+
+
+COMMIT = "0123456789" * 4
+SD15 = """README.md feature_extractor/preprocessor_config.json model_index.json safety_checker/config.json
+safety_checker/model.fp16.safetensors safety_checker/model.safetensors safety_checker/pytorch_model.bin
+scheduler/scheduler_config.json text_encoder/config.json text_encoder/model.fp16.safetensors
+text_encoder/model.safetensors text_encoder/pytorch_model.bin tokenizer/merges.txt tokenizer/special_tokens_map.json
+tokenizer/tokenizer_config.json tokenizer/vocab.json unet/config.json unet/diffusion_pytorch_model.bin
+unet/diffusion_pytorch_model.fp16.safetensors unet/diffusion_pytorch_model.non_ema.safetensors
+unet/diffusion_pytorch_model.safetensors v1-5-pruned-emaonly.ckpt v1-5-pruned-emaonly.safetensors
+v1-5-pruned.safetensors v1-inference.yaml vae/config.json vae/diffusion_pytorch_model.fp16.safetensors
+vae/diffusion_pytorch_model.safetensors""".split()
+FLUX = """ae.safetensors flux1-dev.safetensors dev_grid.jpg model_index.json scheduler/scheduler_config.json
+text_encoder/config.json text_encoder/model.safetensors text_encoder_2/config.json
+text_encoder_2/model-00001-of-00002.safetensors text_encoder_2/model-00002-of-00002.safetensors
+text_encoder_2/model.safetensors.index.json tokenizer/merges.txt tokenizer/vocab.json tokenizer_2/spiece.model
+tokenizer_2/tokenizer.json transformer/config.json transformer/diffusion_pytorch_model-00001-of-00003.safetensors
+transformer/diffusion_pytorch_model-00002-of-00003.safetensors
+transformer/diffusion_pytorch_model-00003-of-00003.safetensors
+transformer/diffusion_pytorch_model.safetensors.index.json vae/config.json
+vae/diffusion_pytorch_model.safetensors""".split()
+SD3_T5 = """text_encoder_3/model-00001-of-00002.safetensors text_encoder_3/model-00002-of-00002.safetensors
+text_encoder_3/model.fp16-00001-of-00002.safetensors text_encoder_3/model.fp16-00002-of-00002.safetensors
+text_encoder_3/model-00001-of-00002.fp16.safetensors""".split()
+
+
+def chosen(files, name, variant=None):
+    from huggingface_hub.utils import filter_repo_objects
+
+    kept = filter_repo_objects(files, allow_patterns=hub.wanted({"_class_name": name}, variant, "x"))
+    return [file for file in kept if file.endswith(".safetensors")]
+
+
+def test_of_a_hub_model_only_the_pipeline_in_one_variant_is_fetched():
+    kept = chosen(SD15, "StableDiffusionPipeline")
+    name = "diffusion_pytorch_model"
+    assert kept == ["text_encoder/model.safetensors", f"unet/{name}.safetensors", f"vae/{name}.safetensors"]
+    kept = chosen(SD15, "StableDiffusionPipeline", "fp16")
+    assert kept == [
+        "text_encoder/model.fp16.safetensors", f"unet/{name}.fp16.safetensors", f"vae/{name}.fp16.safetensors",
+    ]  # fmt: skip
+    kept = chosen(SD15, "StableDiffusionPipeline", "non_ema")
+    assert kept == [f"unet/{name}.non_ema.safetensors"]
+    kept = chosen(FLUX, "FluxPipeline")
+    assert len(kept) == 7 and not {"ae.safetensors", "flux1-dev.safetensors"} & {*kept}
+    files = [*SD3_T5, "text_encoder_3/config.json"]
+    assert chosen(files, "StableDiffusion3Pipeline") == []  # its index says that it has no third encoder
+    index = {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": ["transformers", "T5EncoderModel"]}
+    for variant, places in ((None, slice(2)), ("fp16", slice(2, 5))):
+        patterns = hub.wanted(index, variant, "x")
+        assert [f for f in files if any(fnmatchcase(f, p) for p in patterns) and "model" in f] == SD3_T5[places]
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """A hub that serves one folder: what is fetched is copied, and what the cache has is served without it."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    source, cache, asked = tmp_path / "source", tmp_path / "cache", []
+
+    def files(folder):
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+    def download(name, revision, allow_patterns, local_files_only=False):
+        if local_files_only and not cache.is_dir():
+            raise hub_error("LocalEntryNotFoundError")
+        for file in () if local_files_only else filter_repo_objects(files(source), allow_patterns=allow_patterns):
+            asked.append(file)
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / file, cache / file)
+        return str(cache)
+
+    for found in (hub._fetch, hub._fetch_adapter):
+        found.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files(source))
+    yield source, cache, asked
+    for found in (hub._fetch, hub._fetch_adapter):
+        found.cache_clear()
+
+
+def test_the_index_of_a_hub_model_is_fetched_first_and_then_its_components_once(served, saved):
+    source, cache, asked = served
+    shutil.copytree(saved("stable_diffusion")[1], source)
+    (source / "v1-5-pruned.safetensors").write_bytes(b"x")
+    shutil.copytree(source / "vae", source / "safety_checker")
+    assert build(f"owner/name@{COMMIT}").revision == build(source).revision
+    assert asked[0] == "model_index.json" and not any("v1-5" in file or "safety" in file for file in asked)
+    hub._fetch.cache_clear()
+    count = len(asked)
+    assert build(f"owner/name@{COMMIT}").shape == (4, 8, 8) and len(asked) == count
+    hub._fetch.cache_clear()
+    (cache / "vae" / "diffusion_pytorch_model.safetensors").unlink()  # a download that was broken off
+    assert build(f"owner/name@{COMMIT}").load_decoder("cpu") and len(asked) > count
+
+
+def test_a_hub_model_that_cannot_be_sampled_is_refused_before_its_weights_are_fetched(served, saved):
+    source, _, asked = served
+    shutil.copytree(saved("stable_diffusion")[1], source)
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(ValueError, match="owner/name@.* cannot be sampled: unknown pipeline class 'KandinskyPipeline'"):
+        build(f"owner/name@{COMMIT}")
+    assert asked == ["model_index.json"]
+
+
+def test_a_variant_that_a_hub_model_lacks_is_refused_with_what_it_has(served, saved):
+    source, _, _ = served
+    shutil.copytree(saved("dit")[1], source)
+    message = (
+        "no .safetensors weights of transformer in variant 'fp16'; it has transformer/config.json, transformer/diff"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(f"owner/name@{COMMIT}", variant="fp16")
+
+
+def test_a_hub_model_without_an_index_is_no_pipeline(served):
+    served[0].mkdir()
+    (served[0] / "flux1-dev.safetensors").write_bytes(b"x")
+    served[1].mkdir()
+    with pytest.raises(ValueError, match="owner/name@.* has no model_index.json, so it is not a diffusers pipeline"):
+        build(f"owner/name@{COMMIT}")
+
+
+def test_of_a_hub_s_adapters_one_is_fetched(served, saved):
+    source, _, asked = served
+    source.mkdir()
+    for name in ("a.safetensors", "b.safetensors"):
+        (source / name).write_bytes(b"x")
+    folder, path = saved("stable_diffusion")[1], f"owner/name@{COMMIT}"
+    with pytest.raises(ValueError, match="holds a.safetensors, b.safetensors. Set weight beside it"):
+        build(folder, lora=[{"path": path}])
+    made = build(folder, lora=[{"path": path, "weight": "b.safetensors"}])
+    assert made.adapters[0][0].name == "b.safetensors" and asked == ["b.safetensors"]
+    hub._fetch_adapter.cache_clear()
+    (source / "a.safetensors").unlink()
+    assert build(folder, lora=[{"path": path}]).adapters[0][0].name == "b.safetensors"
 
 
 def test_a_pinned_hub_model_is_read_from_its_snapshot(monkeypatch, saved):
