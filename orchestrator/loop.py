@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -31,7 +31,7 @@ from orchestrator.study import Study
 from orchestrator.trial import Trial
 from orchestrator.worker import artifacts, calibrate, origin, perform
 from tasks.calibration import bound
-from tasks.not_finite import NotFinite
+from tasks.not_finite import NotFinite, advice
 from tasks.recipe import grid_of
 
 log = logging.getLogger("solvus")
@@ -246,9 +246,12 @@ class _Loop:
             log.error("row %d of %s kills its worker; it is set aside: %s", shard.start, shard.key, error)
             self.store.quarantine(shard.key, shard.start, str(error))
         elif isinstance(error, NotFinite):
-            log.error("%s They are set aside.", error)
-            for row, why in error.rows.items():
-                self.store.quarantine(shard.key, row, f"not finite: {why}")
+            log.error("%s", error)
+            aside_now = {row: f"not finite: {why}" for row, why in error.rows.items()}
+            if trial.ahead:
+                self._set_aside(shard.key, aside_now)
+            else:
+                trial.lost |= aside_now
             rest = missing(shard.start, shard.stop, covered([], error.rows))
             trial.open_shards += len(rest)
             pieces = [replace(shard, start=low, stop=high) for low, high in rest]
@@ -260,6 +263,23 @@ class _Loop:
             trial.reason = trial.reason or reason
         if trial.open_shards == 0:
             self.accompanied(trial) if trial.ahead else self.finish(trial)
+
+    def _set_aside(self, key: str, rows: Mapping[int, str]) -> None:
+        for row, why in rows.items():
+            self.store.quarantine(key, row, why)
+
+    def _lose(self, trial: Trial) -> None:
+        """Put rows that a trial lost into quarantine; one that has no others fails, and its rows may be tried again."""
+        span = range(trial.first_index, trial.stop)
+        known = aside(trial.recipe, scorers(self.study.metrics), self.store)
+        gone = {i: why for i, why in sorted((trial.lost | known).items()) if i in span}
+        if len(gone) < len(span):
+            self._set_aside(trial.recipe.key, trial.lost)
+        elif not trial.reason:
+            first, why = next(iter(gone.items()))
+            trial.reason = f"none of its {len(span)} samples is left. Sample {first}: {why}. {advice(why)}".rstrip()
+            log.error("%s: %s", trial.title, trial.reason)
+        trial.lost = {}
 
     def _measure(self, trial: Trial) -> int | None:
         """Fill in a trial's values and errors; how many samples its race wants of it now, if any."""
@@ -282,6 +302,7 @@ class _Loop:
         if trial.damaged and trial.attempts < MAX_ATTEMPTS:
             trial.damaged = False
             return self.plan(trial)
+        self._lose(trial)
         more = None
         trial.cost = self.ledger.cost_of(trial.recipe, trial.first_index, trial.stop, self.store)
         if not trial.reason:

@@ -37,6 +37,7 @@ class Trial:
     had: int = 0  # samples that the store had when they were first asked for
     announced: bool = False
     damaged: bool = False
+    lost: dict[int, str] = field(default_factory=dict)  # rows that are not finite, until it is known whether all are
     ahead: frozenset[str] = frozenset()  # keys of the companion rows that are being made for it
     rounds: int = 0  # how often they were, since it last got on
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tasks.linear_head import LinearHead
 from tasks.pretrained import fill, from_folder, read_state
+from tasks.vocabulary import check_size
 
 
 class ImageText(nn.Module):
@@ -36,7 +37,7 @@ class ImageText(nn.Module):
 @lru_cache(maxsize=2)
 def load_image_reward(place: str, revision: str, weights: str, size: int, device: str) -> tuple[ImageText, Any]:
     """The network and its tokenizer, from a folder with BLIP's settings and ImageReward's weights."""
-    from transformers import AutoTokenizer, BlipConfig
+    from transformers import BlipConfig
 
     folder = Path(place)
     config = BlipConfig.from_pretrained(folder, local_files_only=True)
@@ -44,8 +45,15 @@ def load_image_reward(place: str, revision: str, weights: str, size: int, device
     state = read_state(folder / weights)
     network = ImageText(config, LinearHead.of(state, "mlp.layers."))
     fill(network, from_image_reward(state), folder / weights)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return network.eval().requires_grad_(False).to(device), tokenizer
+    return network.eval().requires_grad_(False).to(device), _tokenizer(folder, config)
+
+
+def _tokenizer(folder: Path, config: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    check_size(found, config.text_config.vocab_size, str(folder))
+    return found
 
 
 _NAMES = (
@@ -112,10 +120,10 @@ class Answers:
 @lru_cache(maxsize=2)
 def load_answers(place: str, revision: str, device: str) -> Answers:
     """The question answering model of a folder in transformers' format."""
-    from transformers import AutoTokenizer, BlipForQuestionAnswering
+    from transformers import BlipForQuestionAnswering
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(place), local_files_only=True)
-    return Answers(from_folder(BlipForQuestionAnswering, Path(place), device), tokenizer, device)
+    network = from_folder(BlipForQuestionAnswering, Path(place), device)
+    return Answers(network, _tokenizer(Path(place), network.config), device)
 
 
 def tokens(tokenizer: Any, texts: list[str], length: int, device: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -28,6 +29,36 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, read once for as long as size and time of change stay."""
     stat = path.stat()
     return _digest(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def check_weights(path: Path, again: str) -> None:
+    """Refuse a file of weights that was cut short or overwritten, by its header and its end; no tensor is read.
+
+    Args:
+        path: the file.
+        again: what to do then, for the message.
+
+    Raises:
+        ValueError: safetensors whose header is wrong or promises more than there is, or a torch file without its end.
+    """
+    stat = path.stat()
+    if found := _damage(str(path), stat.st_size, stat.st_mtime_ns):
+        raise ValueError(f"{path} is damaged ({stat.st_size} bytes): {found}. {again}")
+
+
+@lru_cache(maxsize=256)
+def _damage(path: str, size: int, mtime_ns: int) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    if path.endswith(".safetensors"):
+        try:
+            with safe_open(path, framework="pt"):
+                return ""
+        except (SafetensorError, OSError) as error:
+            return str(error)
+    with open(path, "rb") as file:
+        begins_as_zip = file.read(2) == b"PK"  # torch's format since 1.6; the one before has no end to look for
+    return "its end is missing" if not size or begins_as_zip and not zipfile.is_zipfile(path) else ""
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

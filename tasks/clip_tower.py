@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,29 @@ import torch
 from torch import Tensor
 
 from tasks.pretrained import fill, from_folder, read_state
+from tasks.vocabulary import check_known, check_size
 
 
 class Tower:
     """A CLIP model and its tokenizer: unit embeddings of pictures and of texts.
 
     Every text is encoded alone, padded to the tower's full length and kept, so its embedding depends on no other text.
-    Texts are cut after the tower's last position (77 tokens).
+    Texts are cut after the tower's last position (77 tokens). The tokenizer is read when the first text comes.
     """
 
-    def __init__(self, network: Any, tokenizer: Any, device: str) -> None:
-        self.network, self._tokenizer, self._device = network, tokenizer, device
+    def __init__(self, network: Any, folder: Path, device: str) -> None:
+        self.network, self._folder, self._device = network, folder, device
         self.size = network.config.vision_config.image_size
         self._length = network.config.text_config.max_position_embeddings
         self._known: dict[str, Tensor] = {}
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import CLIPTokenizer
+
+        found = CLIPTokenizer.from_pretrained(self._folder, local_files_only=True)
+        check_size(found, self.network.config.text_config.vocab_size, str(self._folder))
+        return found
 
     def pictures(self, pixels: Tensor) -> Tensor:
         """(B, 3, size, size), prepared -> (B, D), not normalised."""
@@ -32,8 +41,11 @@ class Tower:
 
     def texts(self, texts: list[str]) -> Tensor:
         """(B, D), of length 1."""
+        unread = {*texts} - self._known.keys()
+        if unread:
+            check_known([self._tokenizer], unread, str(self._folder))
         with torch.no_grad():
-            for text in {*texts} - self._known.keys():
+            for text in unread:
                 given = self._tokenizer(
                     text, padding="max_length", truncation=True, max_length=self._length, return_tensors="pt"
                 ).to(self._device)
@@ -62,15 +74,14 @@ def load(place: str, revision: str, device: str, weights: str = "") -> Tower:
         device: where to.
         weights: name of a file of open_clip's format; empty reads model.safetensors.
     """
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPModel
 
     folder = Path(place)
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     if not weights:
-        return Tower(from_folder(CLIPModel, folder, device), tokenizer, device)
+        return Tower(from_folder(CLIPModel, folder, device), folder, device)
     network = CLIPModel(CLIPConfig.from_pretrained(folder, local_files_only=True))
     fill(network, from_open_clip(read_state(folder / weights, "state_dict")), folder / weights)
-    return Tower(network.eval().requires_grad_(False).to(device), tokenizer, device)
+    return Tower(network.eval().requires_grad_(False).to(device), folder, device)
 
 
 _NAMES = (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.checkpoint import file_digest
+from tasks.checkpoint import check_weights, file_digest
 from tasks.pictures import check_picture, unit
 from tasks.pretrained import fill, home, read_state
 
@@ -195,7 +195,7 @@ def weights(path: str, sha256: str) -> Path:
         sha256: how its SHA-256 begins; empty takes any.
 
     Raises:
-        ValueError: no such file, or another one.
+        ValueError: no such file, a damaged one, or another one.
     """
     place = Path(path).expanduser() if path else home() / FILE
     if not place.is_file():
@@ -209,6 +209,7 @@ def weights(path: str, sha256: str) -> Path:
             "weights, and distances measured with them compare with no published ones. Fetch "
             f"{URL} again, or set features.sha256 to an empty text."
         )
+    check_weights(place, f"Fetch {URL} again.")
     return place
 
 

@@ -1,4 +1,7 @@
-"""Rows whose state stopped being a number: found after a batch, traced to the step by running the batch again."""
+"""Rows whose state stopped being a number: found after a batch, traced to the step by running the batch again.
+
+A sample may also be spoilt after its last step, when it is decoded; then its state before is finite.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IN_NETWORK, IN_SOLVER, IN_DECODER = (
+    "the network's answer at",
+    "its state, though every answer of the network was finite",
+    "its decoding, though its state before was finite",
+)
+
+
+def advice(why: str) -> str:
+    """What to try where no row is left, by what is known of one."""
+    if IN_DECODER in why:
+        return (
+            "Only decoding fails: fetch the decoder's weights again; where it works in half precision, set "
+            "model.dtype=float32 or bfloat16."
+        )
+    if IN_NETWORK in why and why.endswith("evaluation 1)"):
+        return (
+            "The network's first answer is spoilt already: check its weights and those of its text encoders; where it "
+            "works in half precision, set model.dtype=float32 or bfloat16."
+        )
+    if IN_NETWORK in why or IN_SOLVER in why:
+        return "The solver diverged or the model overflowed: use a lower order, more steps or another grid."
+    return ""
+
 
 class NotFinite(ValueError):
-    """Some rows of a range are not finite, while others are: these rows can be set aside.
+    """Some rows of a range, perhaps all, are not finite: these rows can be set aside.
 
     Args:
         rows: sample index to what is known of it.

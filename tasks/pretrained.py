@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from tasks.checkpoint import file_digest
+from tasks.checkpoint import check_weights, file_digest, read_json
+from tasks.hub_errors import explained
+from tasks.vocabulary import lacking
 
 SETTINGS = (".json", ".txt", ".model")  # files that change what a network does, beside its weights
 
@@ -30,19 +32,24 @@ class Source:
         plugin: kind and name of the plug-in, for messages.
         folder: its folder below :func:`home`.
         fetch: what a person fetches, and from where.
+        model_type: what config.json must call the model.
         files: names of the weight files in the folder.
+        tokenizer: class in transformers of the tokenizer beside them; empty where no text is read.
     """
 
     plugin: str
     folder: str
     fetch: str
+    model_type: str
     files: tuple[str, ...] = ("model.safetensors",)
+    tokenizer: str = ""
 
     def find(self, path: str, pinned: str) -> Path:
         """The folder with the weights: the path given, a hub id at a pinned commit, or the plug-in's own below home.
 
         Raises:
-            ValueError: nothing there, a file missing, a hub id without a commit, or a hub that does not answer.
+            ValueError: nothing there, a file missing or damaged, another model, a hub id without a commit, or a hub
+                that does not answer.
         """
         field = self.plugin.split()[0]
         place = Path(path).expanduser() if path else home() / self.folder
@@ -52,12 +59,25 @@ class Source:
                     f"{field}.path {path!r} is no folder. If it is a hub id, set {field}.pinned to the commit to use "
                     f"(40 hexadecimal digits), got {pinned!r}: without one the weights could change between runs."
                 )
-            place = _download(path, pinned, self.plugin)
+            place = _download(path, pinned, self.plugin, self.files)
         missing = [name for name in ("config.json", *self.files) if not (place / name).is_file()]
         if missing:
             raise ValueError(
                 f"{self.plugin} has no weights: {place} lacks {', '.join(missing)}. Fetch {self.fetch}, put them "
                 f"there, or set {field}.path to their folder."
+            )
+        given = read_json(place / "config.json", f"the settings of {self.plugin}").get("model_type", self.model_type)
+        if given != self.model_type:
+            raise ValueError(
+                f"{self.plugin} needs a model of type {self.model_type!r}, but {place}/config.json describes one of "
+                f"type {given!r}. Fetch {self.fetch}, or set {field}.path to their folder."
+            )
+        for name in self.files:
+            check_weights(place / name, f"Fetch {self.fetch}, again.")
+        if self.tokenizer and (absent := lacking(place, self.tokenizer)):
+            raise ValueError(
+                f"{self.plugin} cannot read prompts: {place} has no whole {self.tokenizer}, it lacks {absent}. Fetch "
+                f"{self.fetch}, and put the tokenizer's files there too."
             )
         return place
 
@@ -70,18 +90,13 @@ class Source:
 
 
 @lru_cache(maxsize=8)
-def _download(repository: str, commit: str, plugin: str) -> Path:
+def _download(repository: str, commit: str, plugin: str, files: tuple[str, ...]) -> Path:
+    """The snapshot of a commit with the weights that are read; the same ones in other formats stay where they are."""
     import huggingface_hub
 
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(repository, revision=commit, ignore_patterns=["*.h5", "*.msgpack"])
-        )
-    except Exception as error:  # a hub fails in many ways: no network, no such commit, gated
-        raise ValueError(
-            f"{plugin}: {repository} at {commit} cannot be fetched: {type(error).__name__}: {error}. Download it "
-            "elsewhere and give its folder as path."
-        ) from None
+    wanted = [*files, *(f"*{suffix}" for suffix in SETTINGS)]
+    with explained(f"{plugin}: {repository}@{commit}", repository, commit):
+        return Path(huggingface_hub.snapshot_download(repository, revision=commit, allow_patterns=wanted))
 
 
 def read_state(path: Path, inner: str = "") -> dict[str, torch.Tensor]:
@@ -125,6 +140,7 @@ def from_folder(cls: Any, place: Path, device: str) -> Any:
     Raises:
         ValueError: weights that are missing: transformers alone would only warn, and the numbers would look right.
     """
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -132,8 +148,10 @@ def from_folder(cls: Any, place: Path, device: str) -> Any:
         network, info = cls.from_pretrained(
             place, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{place} cannot be loaded as a {cls.__name__}: {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{place} cannot be loaded as a {cls.__name__}: {str(error).splitlines()[0]}. Fetch it again."
+        ) from None
     if info["missing_keys"]:
         raise ValueError(
             f"{place} is no whole {cls.__name__}: {sorted(info['missing_keys'])[0]} and "

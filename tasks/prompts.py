@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -71,9 +72,9 @@ def _read(path: str, stamp: tuple[tuple[str, int, int], ...]) -> Prompts:
     place = Path(path)
     if place.is_dir():
         rows, first = _saved_dataset(place), "row"
-    elif place.suffix not in SUFFIXES:
+    elif place.suffix.lower() not in SUFFIXES:
         raise ValueError(f"prompts {path!r} ends in {place.suffix!r}; allowed: {', '.join(SUFFIXES)}.")
-    elif place.suffix == ".parquet":
+    elif place.suffix.lower() == ".parquet":
         rows, first = _parquet(place), "row"
     else:
         rows, first = _lines(place), "line"
@@ -84,7 +85,10 @@ def _read(path: str, stamp: tuple[tuple[str, int, int], ...]) -> Prompts:
 
 def _checked(path: str, rows: Table, unit: str) -> Prompts:
     header = {str(name).strip().lower(): str(name) for name in rows[0][1]}
-    prompt, number, group = (next((header[n] for n in names if n in header), None) for names in (PROMPT, ID, GROUP))
+    # A line of JSON need not have what a later one has.
+    every = {str(name).strip().lower(): str(name) for _, row in rows for name in row} | header
+    prompt = next((header[n] for n in PROMPT if n in header), None)
+    number, group = (next((every[n] for n in names if n in every), None) for names in (ID, GROUP))
     if prompt is None:
         raise ValueError(f"{path} has no column {' or '.join(PROMPT)}; found: {', '.join(header.values())}.")
     bad = [(n, row.get(prompt)) for n, row in rows if not isinstance(row.get(prompt), str) or not row[prompt].strip()]
@@ -93,6 +97,14 @@ def _checked(path: str, rows: Table, unit: str) -> Prompts:
         more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise ValueError(f"{path}: {prompt} must be text and not empty, unlike {shown}{more}. Mend these rows.")
 
+    for n, row in rows:
+        for name in filter(None, (prompt, number, group)):
+            if not _is_text(str(row.get(name))):
+                raise ValueError(
+                    f"{path}: {name} of {unit} {n} holds half a character (a lone surrogate), {row[name]!r}, which no "
+                    "file can keep. Mend this row."
+                )
+
     def column(name: str | None, instead: list[str]) -> tuple[str, ...]:
         return tuple(instead) if name is None else tuple("" if r.get(name) is None else str(r[name]) for _, r in rows)
 
@@ -100,19 +112,37 @@ def _checked(path: str, rows: Table, unit: str) -> Prompts:
     return Prompts(texts, column(number, [str(i) for i in range(len(rows))]), column(group, [""] * len(rows)))
 
 
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_header(place: Path, header: Iterable[str]) -> None:
+    """Refuse a column that is there twice where it matters: which of them is meant?"""
+    names = [str(name).strip().lower() for name in header]
+    if twice := [name for name in (*PROMPT, *ID, *GROUP) if names.count(name) > 1]:
+        raise ValueError(f"{place} has {names.count(twice[0])} columns {twice[0]!r}. Keep the one that is meant.")
+
+
 def _lines(place: Path) -> Table:
-    """Rows of a text file with the number of the line on which each ends, from 1."""
+    """Rows of a text file with the number of the line on which each ends, from 1.
+
+    Lines end at line feeds and carriage returns alone, not at what else Unicode calls a line end: prompts may hold it.
+    """
     try:
         text = place.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = place.read_bytes()[: error.start].count(b"\n") + 1
         raise ValueError(f"{place}: line {line} is not UTF-8 text. Save the file as UTF-8.") from None
-    lines = text.splitlines()
+    lines = [line.rstrip("\r\n") for line in io.StringIO(text, newline="")]
     while lines and not lines[-1].strip():
         lines.pop()
-    if place.suffix == ".txt":
+    if place.suffix.lower() == ".txt":
         return [(n, {"prompt": line}) for n, line in enumerate(lines, 1)]
-    return _json_lines(place, lines) if place.suffix == ".jsonl" else _separated(place, text)
+    return _json_lines(place, lines) if place.suffix.lower() == ".jsonl" else _separated(place, text)
 
 
 def _json_lines(place: Path, lines: Iterable[str]) -> Table:
@@ -129,10 +159,12 @@ def _json_lines(place: Path, lines: Iterable[str]) -> Table:
 
 
 def _separated(place: Path, text: str) -> Table:
-    reader = csv.reader(text.splitlines(keepends=True), delimiter="\t" if place.suffix == ".tsv" else ",", strict=True)
+    mark = "\t" if place.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     rows: Table = []
     try:
         header = next(reader, [])
+        _check_header(place, header)
         for cells in reader:
             if not cells:
                 continue
@@ -152,9 +184,11 @@ def _parquet(place: Path) -> Table:
     import pyarrow.parquet as pq
 
     try:
-        return list(enumerate(pq.ParquetFile(place).read(use_threads=False).to_pylist()))
+        table = pq.ParquetFile(place).read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{place} cannot be read as Parquet: {error}.") from None
+    _check_header(place, table.column_names)
+    return list(enumerate(table.to_pylist()))
 
 
 def _saved_dataset(place: Path) -> Table:

@@ -19,7 +19,7 @@ import torch
 
 from tasks import calibration, registry
 from tasks.noise import MAX_INDEX, RowNoise
-from tasks.not_finite import NotFinite, Watched
+from tasks.not_finite import IN_DECODER, IN_NETWORK, IN_SOLVER, NotFinite, Watched
 from tasks.pipelines.texts import Kept
 from tasks.prefixes import Resume, States, keys
 from tasks.prompted import reading
@@ -127,8 +127,8 @@ def generate(
         ``nfe`` is the mean of the batch, rounded up.
 
     Raises:
-        NotFinite: some rows, but not all, have no finite sample, because of what the network answered at a step.
-        ValueError: no row has, the decoder spoilt one, or there are more particles than memory has room for.
+        NotFinite: some rows have no finite sample: the network's answer at a step is none, or decoding spoilt them.
+        ValueError: there are more particles than memory has room for.
     """
     if not 0 <= start < stop <= MAX_INDEX:
         raise ValueError(f"sample indices must satisfy 0 <= start < stop <= {MAX_INDEX}, got [{start}, {stop}).")
@@ -176,14 +176,15 @@ def generate(
         elapsed = turn.seconds + (0.0 if reward is None or stays else reward.seconds)
         keep, count = slice(low - first, high - first), high - low
         sample = x0[keep].cpu().numpy()
-        finite = np.isfinite(sample).reshape(len(sample), -1).all(axis=1)
-        if not finite.all():
-            lost.update(dict.fromkeys((low + np.flatnonzero(~finite)).tolist(), ""))
+        lost.update(dict.fromkeys((low + _spoilt(sample)).tolist(), IN_DECODER))
+        diverged = (low + _spoilt(result.x0[keep].cpu().numpy())).tolist()
+        if diverged:
             watched = Watched(CountedModel(base, recipe.batch_size), size, grid)
             with turn, torch.no_grad():
                 again = replace(sampler, model=parts.guidance.wrap(watched), resume=None)  # type: ignore[arg-type]
                 parts.strategy(again, reward, noise)
-            lost.update({first + row: where for row, where in watched.found.items() if first + row in lost})
+            where = {first + row: f"{IN_NETWORK} {step}" for row, step in watched.found.items()}
+            lost.update({row: where.get(row, IN_SOLVER) for row in diverged})
         columns: dict[str, np.ndarray] = {
             "sample_id": np.arange(low, high, dtype=np.int64),
             "label": np.where(recipe.has_labels, labels[keep].cpu().numpy(), -1).astype(np.int64),
@@ -213,7 +214,7 @@ def generate(
         if progress is not None:
             progress(int(columns["sample_id"][-1]) + 1 - start)
     if lost:
-        raise _refusal(recipe.key, lost, stop - start)
+        raise NotFinite(lost, recipe.key)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
@@ -229,7 +230,7 @@ def decode(recipe: Recipe, start: int, columns: Mapping[str, np.ndarray]) -> dic
         columns: the rows, as ``generate(…, decoded=False)`` gave them.
 
     Raises:
-        ValueError: the decoder spoilt a row.
+        NotFinite: the decoder spoilt some rows.
     """
     use_one_thread()
     decoder = recipe.parts.model.load_decoder(recipe.device)
@@ -244,18 +245,14 @@ def decode(recipe: Recipe, start: int, columns: Mapping[str, np.ndarray]) -> dic
         pieces.append(images[low - first : high - first].cpu().numpy())
         seconds[low - start : high - start] += (time.perf_counter() - began) / size
     samples = np.concatenate(pieces)
-    finite = np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
-    if not finite.all():
-        raise _refusal(recipe.key, {start + int(np.argmin(finite)): ""}, len(samples))
+    if len(spoilt := _spoilt(samples)):
+        raise NotFinite(dict.fromkeys((start + spoilt).tolist(), IN_DECODER), recipe.key)
     return {**columns, "x0": samples, "seconds": seconds}
 
 
-def _refusal(key: str, lost: Mapping[int, str], count: int) -> ValueError:
-    """What to say of rows that are not finite: some can be set aside, but not all, nor what only the decoder spoilt."""
-    advice = "The solver diverged or the model overflowed: use a lower order, more steps or another grid."
-    if len(lost) == count or not all(lost.values()):
-        return ValueError(f"sample {min(lost)} of {key} is not finite. {advice}")
-    return NotFinite({row: f"the network's answer at {where}" for row, where in lost.items()}, key)
+def _spoilt(samples: np.ndarray) -> np.ndarray:
+    """The places of rows that are not finite."""
+    return np.flatnonzero(~np.isfinite(samples).reshape(len(samples), -1).all(axis=1))
 
 
 def _shares(seconds: float, rows: int, nfe: torch.Tensor | None) -> np.ndarray:

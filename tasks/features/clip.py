@@ -16,6 +16,7 @@ SOURCE = Source(
     "features clip",
     "clip-vit-large-patch14-336",
     "openai/clip-vit-large-patch14-336 from the Hugging Face hub (config.json, model.safetensors and the tokenizer)",
+    "clip",
 )
 
 

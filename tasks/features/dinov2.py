@@ -18,6 +18,7 @@ SOURCE = Source(
     "features dinov2",
     "dinov2-large",
     "facebook/dinov2-large from the Hugging Face hub (config.json, model.safetensors)",
+    "dinov2",
 )
 
 

@@ -17,7 +17,8 @@ from tasks.pipelines.decoder import PipelineDecoder, decoder
 from tasks.pipelines.denoiser import PipelineDenoiser
 from tasks.pipelines.family import Family, Setting
 from tasks.pipelines.folder import PipelineFolder, content
-from tasks.pipelines.hub import locate
+from tasks.pipelines.hub import locate, locate_adapter
+from tasks.pipelines.whole import check_whole
 from tasks.processes import GaussianProcess
 from tasks.prompts import Prompts
 from tasks.recipe import digest
@@ -100,7 +101,10 @@ class DiffusersPipeline:
                 raise ValueError(f"model.{name} must be at least 0, got {getattr(self, name)}.")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"model.max_tokens must be at least 1, got {self.max_tokens}.")
-        _ = self.folder, self.adapters
+        _ = self.folder
+        if self.lora:
+            self._check_takes_adapters()
+        _ = self.adapters
         self._check_size()
         if not self.folder.family.text:
             for name in ("prompts", "negative_prompt", "max_tokens"):
@@ -109,6 +113,16 @@ class DiffusersPipeline:
         if not self.folder.family.vae and (self.decode != "whole" or self.height or self.width):
             raise ValueError(f"{self.path} works on pixels of one size: leave out model.decode, height and width.")
         _ = self.prompt_table
+
+    def _check_takes_adapters(self) -> None:
+        import diffusers
+
+        name = self.folder.index["_class_name"]
+        if not hasattr(getattr(diffusers, name), "load_lora_weights"):
+            raise ValueError(
+                f"model.lora is given, but diffusers loads no adapters into a {name}. Leave it out, or merge it into "
+                "the weights of the network and save these."
+            )
 
     def _check_size(self) -> None:
         unit = self._factor * self.folder.family.multiple
@@ -119,7 +133,7 @@ class DiffusersPipeline:
     @cached_property
     def folder(self) -> PipelineFolder:
         """The folder, checked."""
-        return PipelineFolder(locate(self.path), self.variant, self.scheduler)
+        return PipelineFolder(locate(self.path, variant=self.variant), self.variant, self.scheduler)
 
     @cached_property
     def prompt_table(self) -> Prompts:
@@ -200,7 +214,7 @@ class DiffusersPipeline:
                 self.dtype, self.max_tokens, device]  # fmt: skip
 
     def check_recipe(self, recipe: Any) -> None:
-        """Refuse what the device cannot do, and guidance without prompts.
+        """Refuse what the device cannot do, guidance without prompts, and weights that are not whole.
 
         Raises:
             ValueError: says what, and what to do.
@@ -214,6 +228,7 @@ class DiffusersPipeline:
             raise ValueError(f"model.offload={self.offload} moves weights off a cuda device. Set model.offload=none.")
         if recipe.device == "cpu" and self.dtype == "float16":
             raise ValueError("model.dtype=float16 needs device=cuda. Use float32 or bfloat16.")
+        check_whole(self.folder)
         self._check_surgery(recipe)
 
     def _check_surgery(self, recipe: Any) -> None:
@@ -283,7 +298,7 @@ def _adapter(item: dict[str, Any], what: str) -> tuple[Path, float]:
     if wrong or not isinstance(item.get("path"), str) or isinstance(scale, bool) or not isinstance(scale, int | float):
         raise ValueError(f"{what} must be {{path: …, weight: file name or null, scale: number}}, got {item!r}.")
     place = Path(item["path"]).expanduser()
-    place = place if place.is_file() else locate(item["path"], f"{what}.path")
+    place = place if place.is_file() else locate_adapter(item["path"], f"{what}.path", item.get("weight"))
     files = [place] if place.is_file() else sorted(place.glob(item.get("weight") or "*.safetensors"))
     if len(files) != 1 or files[0].suffix != ".safetensors" or not files[0].is_file():
         found = ", ".join(file.name for file in files) or "nothing"

@@ -15,6 +15,7 @@ from torch import Tensor
 from tasks.checkpoint import file_digest
 from tasks.processes import Masked
 from tasks.registry import models
+from tasks.vocabulary import check_size
 
 FILES = ("*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
 
@@ -230,6 +231,7 @@ def _read_alphabet(name: str, commit: str | None, revision: str) -> _Alphabet:
             "modelling. Give one that was saved as ...ForMaskedLM."
         )
     tokenizer = _tokenizer(name, commit, revision)
+    check_size(tokenizer, config.vocab_size, name)
     if tokenizer.mask_token_id is None:
         raise ValueError(
             f"the tokenizer of {name!r} has no mask token, which masked diffusion needs. Add the one that the model "

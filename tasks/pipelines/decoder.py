@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tasks import registry
 from tasks.pipelines.memory import Portions
+from tasks.pipelines.whole import check_whole, first_line
 from tasks.recipe import canonical
 
 
@@ -29,6 +30,7 @@ class PipelineDecoder:
     def __init__(self, spec: Any, device: str) -> None:
         import diffusers
 
+        check_whole(spec.folder)
         root, name = spec.folder.root, spec.folder.index["vae"][1]
         options = {"variant": spec.variant} if spec.variant else {}
         try:
@@ -37,8 +39,7 @@ class PipelineDecoder:
                 local_files_only=True, **options,
             )  # fmt: skip
         except Exception as error:  # as of a whole pipeline, many kinds
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise ValueError(f"{root}/vae cannot be loaded: {first}. Save or download it again.") from None
+            raise ValueError(f"{root}/vae cannot be loaded: {first_line(error)}. Save or download it again.") from None
         vae.eval().requires_grad_(False)
         if spec.decode == "sliced":
             vae.enable_slicing()

@@ -57,6 +57,10 @@ class Family:
         """Everything that images depend on."""
         return (self.network, *(("vae",) if self.vae else ()), *self.text)
 
+    def saved(self, index: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those components that a pipeline was saved with, by its index; optional ones may be null."""
+        return tuple(n for n in self.components if n not in self.optional or (index.get(n) or [None])[0] is not None)
+
     def text_parts(self, components: tuple[str, ...]) -> tuple[str, ...]:
         """Those of some components that encode text."""
         return tuple(name for name in components if name in self.text)

@@ -12,6 +12,7 @@ from typing import Any
 from tasks.checkpoint import check_scheduler, file_digest, noising, prediction, read_json
 from tasks.pipelines.family import Family, family_of
 from tasks.processes import GaussianProcess
+from tasks.vocabulary import lacking
 
 WHAT: str = "a diffusers pipeline"
 # Parts of a pipeline that change no image here: the safety checker is never run.
@@ -40,15 +41,11 @@ class PipelineFolder:
             )
         self.index = read_json(index, WHAT)
         self.family: Family = family_of(str(self.index.get("_class_name")), str(root))
-        self.components = tuple(name for name in self.family.components if self._has(name))
+        self.components = self.family.saved(self.index)
         for name in self.components:
             self._check(name)
         self.scheduler = read_json(root / "scheduler" / "scheduler_config.json", "a scheduler") | (scheduler or {})
         check_scheduler(self.scheduler)
-
-    def _has(self, name: str) -> bool:
-        """Whether the pipeline was saved with an optional component."""
-        return name not in self.family.optional or (self.index.get(name) or [None])[0] is not None
 
     def _check(self, name: str) -> None:
         folder = self.root / name
@@ -58,8 +55,13 @@ class PipelineFolder:
                 "whole pipeline again."
             )
         if "tokenizer" in name:
+            if missing := lacking(folder, self.index[name][1]):
+                raise ValueError(
+                    f"{folder} is no whole {self.index[name][1]}: it lacks {missing}, without which prompts are not "
+                    f"read. Save or download {name}/ again."
+                )
             return
-        if not self._weights(name):
+        if not self.weights(name):
             mark = f" of variant {self.variant!r}" if self.variant else ""
             others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".safetensors", ".pt"))
             raise ValueError(
@@ -67,7 +69,8 @@ class PipelineFolder:
                 "not loaded: convert them (save_pretrained with safe_serialization), or set model.variant."
             )
 
-    def _weights(self, name: str) -> list[Path]:
+    def weights(self, name: str) -> list[Path]:
+        """The weight files of a component, of the variant that was asked for."""
         mark = re.compile(r"\.(fp16|bf16|fp32|non_ema|ema)\b")
         found = sorted((self.root / name).glob("*.safetensors"))
         if self.variant:
@@ -99,7 +102,7 @@ class PipelineFolder:
         for name in names:
             plain = [p for p in (self.root / name).iterdir() if p.suffix in (".json", ".txt", ".model")]
             plain = [p for p in plain if not p.name.endswith(".index.json")]
-            for path in sorted([*self._weights(name), *plain]):
+            for path in sorted([*self.weights(name), *plain]):
                 found.append([name, path.name, content(path)])
         return hashlib.sha256(json.dumps([found, self.scheduler], sort_keys=True).encode()).hexdigest()[:16]
 

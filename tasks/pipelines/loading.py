@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from tasks.pipelines.folder import IGNORED
+from tasks.pipelines.memory import is_out_of_memory
+from tasks.pipelines.whole import check_whole, first_line
+from tasks.vocabulary import check_known, check_size
 
 
 def load(spec: Any, without: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> Any:
@@ -19,11 +22,12 @@ def load(spec: Any, without: Sequence[str] = (), given: Mapping[str, Any] | None
         given: components that were loaded already.
 
     Raises:
-        ValueError: weights that are damaged or do not fit, or an adapter that does not.
+        ValueError: weights that are damaged or do not fit, a vocabulary or an adapter that does not.
     """
     import diffusers
 
     _be_quiet(spec)
+    check_whole(spec.folder)
     index = spec.folder.index
     absent = [name for name in (*without, *IGNORED) if name in index]
     absent += [name for name in spec.folder.family.components if name not in spec.folder.components]
@@ -41,9 +45,11 @@ def load(spec: Any, without: Sequence[str] = (), given: Mapping[str, Any] | None
             **(options | dict(given or {})),
         )
     except Exception as error:  # whatever one of a dozen loaders raises on files that it cannot use
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"{spec.folder.root} cannot be loaded: {first}. Save or download it again.") from None
+        raise ValueError(
+            f"{spec.folder.root} cannot be loaded: {first_line(error)}. Save or download it again."
+        ) from None
     pipe.set_progress_bar_config(disable=True)
+    _check_tokenizers(pipe, spec)
     _adapt(pipe, spec)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
@@ -60,6 +66,17 @@ def _be_quiet(spec: Any) -> None:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+
+
+def _check_tokenizers(pipe: Any, spec: Any) -> None:
+    """Refuse tokenizers that do not belong to their encoders, and prompts that none of them can read."""
+    names = [n for n in spec.folder.family.text if "tokenizer" in n and getattr(pipe, n, None) is not None]
+    for name in names:
+        encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"))
+        check_size(getattr(pipe, name), encoder.config.vocab_size, str(spec.folder.root / name))
+    if names:
+        texts = (*spec.prompt_table.texts, spec.negative_prompt or "")
+        check_known([getattr(pipe, name) for name in names], texts, str(spec.folder.root))
 
 
 def _adapt(pipe: Any, spec: Any) -> None:
@@ -80,13 +97,25 @@ def _adapt(pipe: Any, spec: Any) -> None:
 
 
 def prepare(pipe: Any, spec: Any, device: str) -> Any:
-    """The network that denoises, on its device, after the options that concern its speed and memory."""
-    if spec.offload == "none":
-        pipe.to(device)
-    elif spec.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.enable_sequential_cpu_offload(device=device)
+    """The network that denoises, on its device, after the options that concern its speed and memory.
+
+    Raises:
+        ValueError: the device has no room for the weights.
+    """
+    try:
+        if spec.offload == "none":
+            pipe.to(device)
+        elif spec.offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.enable_sequential_cpu_offload(device=device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"the weights of {spec.folder.root} do not fit on {device} as {spec.dtype}: {first_line(error)}. Set "
+            "model.dtype=bfloat16 or model.offload=model, or use a larger device."
+        ) from None
     network = getattr(pipe, spec.folder.family.network)
     if spec.channels_last:
         network.to(memory_format=torch.channels_last)

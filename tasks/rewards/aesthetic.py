@@ -19,6 +19,7 @@ SOURCE = Source(
     "aesthetic",
     "sac+logos+ava1-l14-linearMSE.pth from github.com/christophschuhmann/improved-aesthetic-predictor, and "
     "openai/clip-vit-large-patch14 from the Hugging Face hub (config.json, model.safetensors and the tokenizer)",
+    "clip",
 )
 
 

@@ -14,6 +14,8 @@ SOURCE = Source(
     "reward clip_score",
     "clip-vit-large-patch14",
     "openai/clip-vit-large-patch14 from the Hugging Face hub (config.json, model.safetensors and the tokenizer)",
+    "clip",
+    tokenizer="CLIPTokenizer",
 )
 
 

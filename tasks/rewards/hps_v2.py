@@ -17,6 +17,8 @@ SOURCE = Source(
     "hps_v2",
     "HPS_v2.1_compressed.pt from xswu/HPSv2, and config.json and the tokenizer of "
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K, from the Hugging Face hub",
+    "clip",
+    tokenizer="CLIPTokenizer",
 )
 
 

@@ -17,6 +17,8 @@ SOURCE = Source(
     "image_reward",
     "ImageReward.pt from THUDM/ImageReward, and config.json and the tokenizer of Salesforce/blip-itm-large-coco, from "
     "the Hugging Face hub",
+    "blip",
+    tokenizer="BertTokenizer",
 )
 MEAN, STD = 0.16717, 1.03334  # of the raw scores of its authors' data
 

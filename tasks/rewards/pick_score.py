@@ -15,6 +15,8 @@ SOURCE = Source(
     "PickScore_v1",
     "yuvalkirstain/PickScore_v1 (config.json, model.safetensors) and the tokenizer of "
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K from the Hugging Face hub",
+    "clip",
+    tokenizer="CLIPTokenizer",
 )
 
 

@@ -16,6 +16,8 @@ SOURCE = Source(
     "reward vqa_yes",
     "blip-vqa-base",
     "Salesforce/blip-vqa-base from the Hugging Face hub (config.json, model.safetensors and the tokenizer)",
+    "blip",
+    tokenizer="BertTokenizer",
 )
 
 

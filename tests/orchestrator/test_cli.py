@@ -115,8 +115,15 @@ def test_a_failed_shard_is_exit_status_one_with_its_reason_and_a_way_to_reproduc
 def test_a_recipe_that_overflows_is_exit_status_one_and_leaves_no_rows(solvus: Solvus, tmp_path: Path) -> None:
     done = solvus("run", *SMALL, "model.means=[[1e39,0]]", f"root={tmp_path}")
     assert done.code == 1
-    assert "sample 0 of" in done.out and "is not finite" in done.out
+    assert "none of its 64 samples is left. Sample 0: not finite: the network's answer at step 1 of" in done.out
     assert list((tmp_path / "store").rglob("*.parquet")) == []
+
+
+def test_a_batch_that_no_memory_holds_is_wrong_usage_before_any_work(solvus: Solvus, tmp_path: Path) -> None:
+    for verb in ("plan", "run"):
+        done = solvus(verb, *SMALL, "batch_size=100000000000", "num_samples=8", f"root={tmp_path}")
+        assert done.code == 2 and "batch_size=100000000000 is so many states of shape (2,)" in done.err
+        assert "Set batch_size to at most" in done.err
 
 
 # --- wrong usage -----------------------------------------------------------------------------------------------------

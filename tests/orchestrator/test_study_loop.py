@@ -166,7 +166,7 @@ def test_after_a_failure_the_next_launch_makes_only_what_is_missing(
     assert [(start, stop) for _, start, stop in generated] == [(16, 32)]
 
 
-def test_a_sample_that_is_not_finite_fails_its_trial(
+def test_a_sample_that_is_not_finite_is_set_aside(
     make_study: Callable, scripted: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -177,8 +177,10 @@ def test_a_sample_that_is_not_finite_fails_its_trial(
     )
     search = Scripted({})
     done = scripted(make_study(), search)
-    assert done.trials[0].state == "failed" and "is not finite" in done.trials[0].reason
-    assert search.told == [(0, None)]
+    (trial,) = done.trials
+    assert trial.state == "degraded" and len(trial.quarantined) == 2  # one of each batch
+    assert all("its decoding, though" in why for why in trial.quarantined.values())
+    assert [number for number, values in search.told if values] == [0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -78,7 +78,7 @@ def test_the_revision_follows_weights_and_tokenizer(saved, tmp_path):
 
 
 def test_what_is_no_masked_language_model_is_refused_when_planning(saved, tmp_path):
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig, BertForMaskedLM, BertModel
 
     def copy(name):
         return shutil.copytree(saved, tmp_path / name)
@@ -92,6 +92,10 @@ def test_what_is_no_masked_language_model_is_refused_when_planning(saved, tmp_pa
     folder = copy("large")
     save_tokenizer(folder, [*WORDS, "f"], mask_token="[MASK]")
     with pytest.raises(ValueError, match="has 11 tokens, but the model knows 10"):
+        recipe_of(folder).check()
+    folder = copy("small")
+    BertForMaskedLM(BertConfig.from_pretrained(saved, vocab_size=30)).save_pretrained(folder)
+    with pytest.raises(ValueError, match="has 10 tokens, but its network was trained with 30, so texts would not"):
         recipe_of(folder).check()
     folder = copy("body")
     config = BertConfig.from_pretrained(saved)

@@ -3,13 +3,14 @@
 import json
 import math
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tasks import registry, run
+from tasks import registry, run, vocabulary
 from tasks.noise import RowNoise
 from tasks.pipelines import decoder, hub
 from tasks.pipelines.memory import Portions
@@ -443,12 +444,168 @@ def test_a_folder_that_is_no_whole_pipeline_is_refused(saved, tmp_path, damage, 
         build(tmp_path / "it")
 
 
-def test_damaged_weights_are_refused_when_they_are_loaded(saved, tmp_path):
+VOCABULARIES = [
+    (
+        "stable_diffusion",
+        "tokenizer",
+        "no whole CLIPTokenizer: it lacks vocab.json and merges.txt .or tokenizer.json.,",
+    ),
+    (
+        "pixart",
+        "tokenizer",
+        "no whole T5Tokenizer: it lacks spiece.model .or tokenizer.json., without which prompts are",
+    ),
+    ("sd3", "tokenizer_3", "/tokenizer_3 is no whole T5Tokenizer: .* Save or download tokenizer_3/ again"),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "message"), VOCABULARIES)
+def test_a_tokenizer_without_its_vocabulary_is_refused_when_planning(saved, tmp_path, name, part, message):
+    """transformers makes one of two words up, and the prompt is ignored."""
+    shutil.copytree(saved(name)[1], tmp_path / "it")
+    (tmp_path / "it" / part / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "it")
+
+
+def older_files(folder):
+    """The files of the tokenizer of a tiny pipeline in the older format."""
+    (folder / "tokenizer.json").unlink()
+    words = tiny.clip_tokenizer().get_vocab()
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def test_a_tokenizer_of_the_older_files_is_whole(saved, prompt_file, tmp_path):
     shutil.copytree(saved("stable_diffusion")[1], tmp_path / "it")
-    weights = tmp_path / "it" / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot be loaded: .* Save or download it again"):
-        build(tmp_path / "it").load("cpu")
+    older_files(tmp_path / "it" / "tokenizer")
+    made = [recipe(str(folder), prompt_file, solver=DDIM) for folder in (tmp_path / "it", saved("stable_diffusion")[1])]
+    np.testing.assert_array_equal(images(made[0]), images(made[1]))
+    (tmp_path / "it" / "tokenizer" / "merges.txt").unlink()
+    with pytest.raises(ValueError, match="it lacks merges.txt .or tokenizer.json., without"):
+        build(tmp_path / "it")
+
+
+def test_a_sentencepiece_vocabulary_needs_its_package(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved("pixart")[1], tmp_path / "it")
+    (tmp_path / "it" / "tokenizer" / "tokenizer.json").rename(tmp_path / "it" / "tokenizer" / "spiece.model")
+    monkeypatch.setattr(vocabulary, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="spiece.model cannot be read without a package: pip install sentencepiece"):
+        build(tmp_path / "it")
+    monkeypatch.setattr(vocabulary, "find_spec", lambda name: name)
+    build(tmp_path / "it")
+
+
+def test_a_vocabulary_of_another_model_is_refused_before_sampling(saved, tmp_path, prompt_file):
+    from transformers import CLIPTokenizer
+
+    shutil.copytree(saved("stable_diffusion")[1], tmp_path / "it")
+    words = ["a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
+    other = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
+    other.save_pretrained(tmp_path / "it" / "tokenizer")
+    made = recipe(str(tmp_path / "it"), prompt_file, solver=DDIM)
+    with pytest.raises(
+        ValueError, match="/tokenizer has 4 tokens, but its network was trained with 54, so texts would"
+    ):
+        images(made)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "pixart"])
+def test_a_prompt_of_which_no_tokenizer_knows_any_part_is_refused_before_sampling(saved, tmp_path, name):
+    (tmp_path / "prompts.txt").write_text("a fox\n\u72d0\u72f8 7\n")
+    made = recipe(saved(name)[1], str(tmp_path / "prompts.txt"), solver=DDIM)
+    with pytest.raises(ValueError, match="knows no part of the prompt '\u72d0\u72f8 7', so it would be ignored"):
+        images(made)
+
+
+def edited(saved, folder, name, part, edit):
+    """A copy of a pipeline in which the tensors of one component are others."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(saved(name)[1], folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    state = edit(load_file(file))
+    save_file(state, file, metadata={"format": "pt"})
+    return str(folder)
+
+
+def without(state, count=3):
+    """Without its first matrices."""
+    gone = [key for key in sorted(state) if state[key].dim() > 1][:count]
+    return {key: value for key, value in state.items() if key not in gone}
+
+
+PARTS = [("stable_diffusion", "text_encoder"), ("stable_diffusion", "unet"), ("stable_diffusion", "vae")]
+PARTS += [("sd3", "text_encoder_3"), ("dit", "transformer"), ("ddpm", "unet")]
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_weights_without_some_tensors_are_refused_when_planning(saved, tmp_path, prompt_file, name, part):
+    """transformers draws them at random; diffusers leaves them without numbers."""
+    folder = edited(saved, tmp_path / "it", name, part, without)
+    prompts = prompt_file if name in ("stable_diffusion", "sd3") else None
+    message = f"it/{part} is no whole .*: missing: 3 tensors, .* first. Save or download {part}/ again"
+    with pytest.raises(ValueError, match=message):
+        recipe(folder, prompts, None)
+    with pytest.raises(ValueError, match=message):
+        build(folder).load("cpu")
+    if part == "vae":
+        with pytest.raises(ValueError, match=message):
+            build(folder).load_decoder("cpu")
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS[:2])
+def test_weights_of_another_shape_are_refused_when_planning(saved, tmp_path, prompt_file, name, part):
+    def wider(state):
+        key = min(key for key in state if state[key].dim() > 1)
+        return state | {key: torch.cat([state[key], state[key]])}
+
+    folder = edited(saved, tmp_path / "it", name, part, wider)
+    with pytest.raises(ValueError, match=f"it/{part} .* shape.* Save or download {part}/ again"):
+        recipe(folder, prompt_file, None)
+
+
+def test_tied_tensors_saved_once_and_buffers_that_need_no_saving_are_no_loss(saved, tmp_path, prompt_file):
+    def other_end(state):
+        return {key.replace("shared", "encoder.embed_tokens"): value for key, value in state.items()}
+
+    def with_places(state):
+        return state | {"text_model.embeddings.position_ids": torch.arange(16)[None]}
+
+    for name, part, edit in (("pixart", "text_encoder", other_end), ("stable_diffusion", "text_encoder", with_places)):
+        made = recipe(edited(saved, tmp_path / name, name, part, edit), prompt_file, None, solver=DDIM)
+        np.testing.assert_array_equal(images(made), images(recipe(saved(name)[1], prompt_file, None, solver=DDIM)))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_damaged_weights_are_refused_when_planning(saved, tmp_path, prompt_file, part):
+    shutil.copytree(saved("stable_diffusion")[1], tmp_path / "it")
+    (weights,) = (tmp_path / "it" / part).glob("*.safetensors")
+    for size in (1000, weights.stat().st_size - 10):  # within the header, and within the tensors
+        weights.write_bytes(weights.read_bytes()[:size])
+        with pytest.raises(
+            ValueError, match=f"it/{part}/.*safetensors is damaged .*: .* Save or download {part}/ again"
+        ):
+            recipe(str(tmp_path / "it"), prompt_file)
+        shutil.copy(next((Path(saved("stable_diffusion")[1]) / part).glob("*.safetensors")), weights)
+
+
+def test_a_component_without_its_configuration_is_refused_when_planning(saved, tmp_path, prompt_file):
+    shutil.copytree(saved("stable_diffusion")[1], tmp_path / "it")
+    (tmp_path / "it" / "text_encoder" / "config.json").unlink()
+    with pytest.raises(ValueError, match="it/text_encoder has no config.json, so it is not the text_encoder of"):
+        recipe(str(tmp_path / "it"), prompt_file)
+
+
+def test_a_device_without_room_for_the_weights_is_an_error_that_says_what_to_do(saved, monkeypatch):
+    import diffusers
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "to", full)
+    with pytest.raises(ValueError, match="do not fit on cpu as float32: CUDA out of memory.* Set model.dtype=bfloat16"):
+        build(saved("ddpm")[1]).load("cpu")
 
 
 WRONG = [
@@ -456,7 +613,10 @@ WRONG = [
     ({"dtype": "half"}, "model.dtype must be one of float32, bfloat16, float16, got 'half'"),
     ({"halvings": -1}, "model.halvings must be at least 0"),
     ({"lora": [{"file": "x"}]}, "model.lora.0 must be"),
-    ({"lora": [{"path": "/nowhere"}]}, "model.lora.0.path '/nowhere' is not a folder"),
+    (
+        {"lora": [{"path": "/nowhere"}]},
+        "model.lora.0.path '/nowhere' is not there. Give a .safetensors file, a folder with one, or OWNER",
+    ),
     ({"variant": "fp16"}, "no .safetensors weights of variant 'fp16'; found diffusion_pytorch_model.safetensors"),
     ({"prompts": "/nowhere.txt"}, "does not exist"),
     ({"scheduler": {"beta_schedule": "odd"}}, "unknown beta schedule 'odd'"),
@@ -467,6 +627,28 @@ WRONG = [
 def test_fields_that_cannot_be_are_refused(saved, fields, message):
     with pytest.raises(ValueError, match=message):
         build(saved("stable_diffusion")[1], **fields)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "ddpm"])
+def test_an_adapter_for_a_pipeline_that_takes_none_is_refused_when_planning(saved, tmp_path, name):
+    (tmp_path / "it.safetensors").write_bytes(b"x")
+    with pytest.raises(
+        ValueError, match="model.lora is given, but diffusers loads no adapters into a .*Pipeline. Leave"
+    ):
+        build(saved(name)[1], lora=[{"path": str(tmp_path / "it.safetensors")}])
+
+
+def test_an_adapter_that_is_not_there_is_refused_with_what_may_be_given(saved):
+    for path in (
+        "lora/missing.safetensors",
+        "./missing.safetensors",
+        "/nowhere/it.safetensors",
+        "owner/it.safetensors",
+    ):
+        with pytest.raises(ValueError, match="model.lora.0.path '.*' is not there. Give a .safetensors file, a folder"):
+            build(saved("stable_diffusion")[1], lora=[{"path": path}])
+    with pytest.raises(ValueError, match="model.lora.0.path is empty. Give a .safetensors file"):
+        build(saved("stable_diffusion")[1], lora=[{"path": ""}])
 
 
 def test_a_model_of_labels_or_pixels_takes_no_text_and_no_size(saved):
@@ -532,6 +714,144 @@ def test_the_hub_s_refusals_say_what_to_do(monkeypatch, error, message):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ValueError, match=message):
         build("owner/name@" + "0123456789" * 4)
+
+
+COMMIT = "0123456789" * 4
+SD15 = """README.md feature_extractor/preprocessor_config.json model_index.json safety_checker/config.json
+safety_checker/model.fp16.safetensors safety_checker/model.safetensors safety_checker/pytorch_model.bin
+scheduler/scheduler_config.json text_encoder/config.json text_encoder/model.fp16.safetensors
+text_encoder/model.safetensors text_encoder/pytorch_model.bin tokenizer/merges.txt tokenizer/special_tokens_map.json
+tokenizer/tokenizer_config.json tokenizer/vocab.json unet/config.json unet/diffusion_pytorch_model.bin
+unet/diffusion_pytorch_model.fp16.safetensors unet/diffusion_pytorch_model.non_ema.safetensors
+unet/diffusion_pytorch_model.safetensors v1-5-pruned-emaonly.ckpt v1-5-pruned-emaonly.safetensors
+v1-5-pruned.safetensors v1-inference.yaml vae/config.json vae/diffusion_pytorch_model.fp16.safetensors
+vae/diffusion_pytorch_model.safetensors""".split()
+FLUX = """ae.safetensors flux1-dev.safetensors dev_grid.jpg model_index.json scheduler/scheduler_config.json
+text_encoder/config.json text_encoder/model.safetensors text_encoder_2/config.json
+text_encoder_2/model-00001-of-00002.safetensors text_encoder_2/model-00002-of-00002.safetensors
+text_encoder_2/model.safetensors.index.json tokenizer/merges.txt tokenizer/vocab.json tokenizer_2/spiece.model
+tokenizer_2/tokenizer.json transformer/config.json transformer/diffusion_pytorch_model-00001-of-00003.safetensors
+transformer/diffusion_pytorch_model-00002-of-00003.safetensors
+transformer/diffusion_pytorch_model-00003-of-00003.safetensors
+transformer/diffusion_pytorch_model.safetensors.index.json vae/config.json
+vae/diffusion_pytorch_model.safetensors""".split()
+SD3_T5 = """text_encoder_3/model-00001-of-00002.safetensors text_encoder_3/model-00002-of-00002.safetensors
+text_encoder_3/model.fp16-00001-of-00002.safetensors text_encoder_3/model.fp16-00002-of-00002.safetensors
+text_encoder_3/model-00001-of-00002.fp16.safetensors""".split()
+
+
+def chosen(files, name, variant=None):
+    from huggingface_hub.utils import filter_repo_objects
+
+    kept = filter_repo_objects(files, allow_patterns=hub.wanted({"_class_name": name}, variant, "x"))
+    return [file for file in kept if file.endswith(".safetensors")]
+
+
+def test_of_a_hub_model_only_the_pipeline_in_one_variant_is_fetched():
+    kept = chosen(SD15, "StableDiffusionPipeline")
+    name = "diffusion_pytorch_model"
+    assert kept == ["text_encoder/model.safetensors", f"unet/{name}.safetensors", f"vae/{name}.safetensors"]
+    kept = chosen(SD15, "StableDiffusionPipeline", "fp16")
+    assert kept == [
+        "text_encoder/model.fp16.safetensors", f"unet/{name}.fp16.safetensors", f"vae/{name}.fp16.safetensors",
+    ]  # fmt: skip
+    kept = chosen(SD15, "StableDiffusionPipeline", "non_ema")
+    assert kept == [f"unet/{name}.non_ema.safetensors"]
+    kept = chosen(FLUX, "FluxPipeline")
+    assert len(kept) == 7 and not {"ae.safetensors", "flux1-dev.safetensors"} & {*kept}
+    files = [*SD3_T5, "text_encoder_3/config.json"]
+    assert chosen(files, "StableDiffusion3Pipeline") == []  # its index says that it has no third encoder
+    index = {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": ["transformers", "T5EncoderModel"]}
+    for variant, places in ((None, slice(2)), ("fp16", slice(2, 5))):
+        patterns = hub.wanted(index, variant, "x")
+        assert [f for f in files if any(fnmatchcase(f, p) for p in patterns) and "model" in f] == SD3_T5[places]
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """A hub that serves one folder: what is fetched is copied, and what the cache has is served without it."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    source, cache, asked = tmp_path / "source", tmp_path / "cache", []
+
+    def files(folder):
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+    def download(name, revision, allow_patterns, local_files_only=False):
+        if local_files_only and not cache.is_dir():
+            raise hub_error("LocalEntryNotFoundError")
+        for file in () if local_files_only else filter_repo_objects(files(source), allow_patterns=allow_patterns):
+            asked.append(file)
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / file, cache / file)
+        return str(cache)
+
+    for found in (hub._fetch, hub._fetch_adapter):
+        found.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files(source))
+    yield source, cache, asked
+    for found in (hub._fetch, hub._fetch_adapter):
+        found.cache_clear()
+
+
+def test_the_index_of_a_hub_model_is_fetched_first_and_then_its_components_once(served, saved):
+    source, cache, asked = served
+    shutil.copytree(saved("stable_diffusion")[1], source)
+    (source / "v1-5-pruned.safetensors").write_bytes(b"x")
+    shutil.copytree(source / "vae", source / "safety_checker")
+    assert build(f"owner/name@{COMMIT}").revision == build(source).revision
+    assert asked[0] == "model_index.json" and not any("v1-5" in file or "safety" in file for file in asked)
+    hub._fetch.cache_clear()
+    count = len(asked)
+    assert build(f"owner/name@{COMMIT}").shape == (4, 8, 8) and len(asked) == count
+    hub._fetch.cache_clear()
+    (cache / "vae" / "diffusion_pytorch_model.safetensors").unlink()  # a download that was broken off
+    assert build(f"owner/name@{COMMIT}").load_decoder("cpu") and len(asked) > count
+
+
+def test_a_hub_model_that_cannot_be_sampled_is_refused_before_its_weights_are_fetched(served, saved):
+    source, _, asked = served
+    shutil.copytree(saved("stable_diffusion")[1], source)
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(ValueError, match="owner/name@.* cannot be sampled: unknown pipeline class 'KandinskyPipeline'"):
+        build(f"owner/name@{COMMIT}")
+    assert asked == ["model_index.json"]
+
+
+def test_a_variant_that_a_hub_model_lacks_is_refused_with_what_it_has(served, saved):
+    source, _, _ = served
+    shutil.copytree(saved("dit")[1], source)
+    message = (
+        "no .safetensors weights of transformer in variant 'fp16'; it has transformer/config.json, transformer/diff"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(f"owner/name@{COMMIT}", variant="fp16")
+
+
+def test_a_hub_model_without_an_index_is_no_pipeline(served):
+    served[0].mkdir()
+    (served[0] / "flux1-dev.safetensors").write_bytes(b"x")
+    served[1].mkdir()
+    with pytest.raises(ValueError, match="owner/name@.* has no model_index.json, so it is not a diffusers pipeline"):
+        build(f"owner/name@{COMMIT}")
+
+
+def test_of_a_hub_s_adapters_one_is_fetched(served, saved):
+    source, _, asked = served
+    source.mkdir()
+    for name in ("a.safetensors", "b.safetensors"):
+        (source / name).write_bytes(b"x")
+    folder, path = saved("stable_diffusion")[1], f"owner/name@{COMMIT}"
+    with pytest.raises(ValueError, match="holds a.safetensors, b.safetensors. Set weight beside it"):
+        build(folder, lora=[{"path": path}])
+    made = build(folder, lora=[{"path": path, "weight": "b.safetensors"}])
+    assert made.adapters[0][0].name == "b.safetensors" and asked == ["b.safetensors"]
+    hub._fetch_adapter.cache_clear()
+    (source / "a.safetensors").unlink()
+    assert build(folder, lora=[{"path": path}]).adapters[0][0].name == "b.safetensors"
 
 
 def test_a_pinned_hub_model_is_read_from_its_snapshot(monkeypatch, saved):

@@ -1,7 +1,9 @@
 """Rewards and features of pretrained networks: definitions on tiny models of the same classes, and missing weights."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from tasks import blip_tower, clip_tower, registry
 from tasks.pictures import CLIP_MEAN, CLIP_STD, Preparation
-from tasks.pretrained import home
+from tasks.pretrained import from_folder, home
 from tasks.recipe import scorer_identity
 
 REWARDS = ["clip_score", "pick_score", "hps_v2", "image_reward", "aesthetic", "vqa_yes"]
@@ -96,8 +98,45 @@ def test_a_hub_that_does_not_answer_is_an_error_that_says_what_to_do(monkeypatch
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match="cannot be fetched: OSError: no network. Download it elsewhere"):
+    with pytest.raises(ValueError, match="the hub cannot be reached .no network.. Download it where there is a"):
         build("reward", "aesthetic", path="openai/clip", pinned="0" * 40).check((3, 8, 8))
+
+
+def test_a_gated_hub_id_says_how_to_be_let_in(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    class Gated(GatedRepoError):
+        def __init__(self):
+            Exception.__init__(self, "gated")
+
+    def fail(*arguments, **more):
+        raise Gated
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    message = (
+        "reward aesthetic: owner/gated@0.* is gated: .*https://huggingface.co/owner/gated, then run `hf auth login`"
+    )
+    with pytest.raises(ValueError, match=message):
+        build("reward", "aesthetic", path="owner/gated", pinned="0" * 40).check((3, 8, 8))
+
+
+def test_of_a_hub_id_only_the_weights_that_are_read_are_fetched(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = (
+        "config.json model.safetensors pytorch_model.bin tf_model.h5 flax_model.msgpack merges.txt vocab.json".split()
+    )
+    asked = []
+
+    def download(*arguments, allow_patterns, **more):
+        asked.extend(filter_repo_objects(files, allow_patterns=allow_patterns))
+        return str(tiny_weights.clip())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    build("reward", "clip_score", path="owner/clip", pinned="1" * 40).check((3, 8, 8))
+    assert asked == ["config.json", "model.safetensors", "merges.txt", "vocab.json"]
 
 
 def test_the_key_is_the_hash_of_weights_and_settings_and_not_their_place(tmp_path):
@@ -122,6 +161,83 @@ def test_weights_that_are_not_whole_are_refused(tmp_path):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="is no whole Dinov2Model: layernorm.weight"):
         build("features", "dinov2", path=str(folder))(SAMPLES, None)
+
+
+@pytest.mark.parametrize(("kind", "name"), [*(("reward", n) for n in REWARDS), *(("features", n) for n in FEATURES)])
+def test_weights_that_were_cut_short_are_refused_when_planning(kind, name, tmp_path):
+    fields = tiny_weights.fields(kind, name)
+    for file in (p for p in Path(fields["path"]).iterdir() if p.suffix in (".safetensors", ".pt", ".pth")):
+        shutil.copytree(fields["path"], tmp_path / file.name)
+        (tmp_path / file.name / file.name).write_bytes(file.read_bytes()[:-20])
+        with pytest.raises(ValueError, match=rf"{re.escape(file.name)} is damaged \(\d+ bytes\): .* Fetch .* again"):
+            build(kind, name, path=str(tmp_path / file.name)).check((3, 28, 28))
+
+
+def test_inception_weights_that_were_cut_short_are_refused_when_planning(tmp_path):
+    (tmp_path / "it.pth").write_bytes(tiny_weights.inception().read_bytes()[:-20])
+    extractor = build("features", "inception_v3", path=str(tmp_path / "it.pth"))
+    with pytest.raises(ValueError, match="it.pth is damaged .* Fetch https"):
+        extractor.check((3, 28, 28))
+
+
+@pytest.mark.parametrize(("kind", "name"), [*(("reward", n) for n in REWARDS), *(("features", n) for n in FEATURES)])
+def test_a_folder_of_another_model_is_refused_when_planning(kind, name, tmp_path):
+    shutil.copytree(tiny_weights.fields(kind, name)["path"], tmp_path / "it")
+    other = tiny_weights.clip() if name == "dinov2" else tiny_weights.dinov2()
+    shutil.copy(other / "config.json", tmp_path / "it")
+    message = (
+        f"{kind} {name} needs a model of type '.*', but {tmp_path}/it/config.json describes one of type '.*'. Fetch"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(kind, name, path=str(tmp_path / "it")).check((3, 28, 28))
+
+
+def test_weights_that_are_damaged_after_planning_are_an_error_that_says_what_to_do(tmp_path):
+    from transformers import Dinov2Model
+
+    shutil.copytree(tiny_weights.dinov2(), tmp_path / "it")
+    (tmp_path / "it" / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(
+        ValueError, match="it cannot be loaded as a Dinov2Model: Error while deserializing header.* Fetch it"
+    ):
+        from_folder(Dinov2Model, tmp_path / "it", "cpu")
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_a_reward_without_its_tokenizer_is_refused_when_planning(name, tmp_path):
+    """transformers makes one of two words up, and the score looks right."""
+    fields = tiny_weights.fields("reward", name)
+    shutil.copytree(fields["path"], tmp_path / "it")
+    (tmp_path / "it" / "tokenizer.json").unlink()
+    message = (
+        f"reward {name} cannot read prompts: {tmp_path}/it has no whole .*Tokenizer, it lacks vocab.* Fetch .* from"
+    )
+    with pytest.raises(ValueError, match=message):
+        build("reward", name, path=str(tmp_path / "it")).check((3, 20, 20))
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_a_reward_with_another_model_s_tokenizer_is_refused(name, tmp_path):
+    from transformers import BertTokenizer, CLIPTokenizer
+
+    shutil.copytree(tiny_weights.fields("reward", name)["path"], tmp_path / "it")
+    cls = BertTokenizer if name in ("image_reward", "vqa_yes") else CLIPTokenizer
+    words = (
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] if cls is BertTokenizer else ["<|startoftext|>", "<|endoftext|>"]
+    )
+    cls(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "it")
+    with pytest.raises(ValueError, match="/it has . tokens, but its network was trained with .., so texts would not"):
+        scores(name, SAMPLES, path=str(tmp_path / "it"))
+
+
+def test_what_reads_pictures_alone_needs_no_tokenizer(tmp_path):
+    for kind, name in (("reward", "aesthetic"), ("features", "clip")):
+        folder = tmp_path / name
+        shutil.copytree(tiny_weights.fields(kind, name)["path"], folder)
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+        found = build(kind, name, path=str(folder))(SAMPLES, None)
+        torch.testing.assert_close(found, build(kind, name)(SAMPLES, None))
 
 
 # --- definitions -----------------------------------------------------------------------------------------------------

@@ -57,6 +57,53 @@ def test_a_text_file_numbers_its_lines(tmp_path):
     assert prompts.read(str(tmp_path / "rows.txt")) == Prompts(("one", "two"), ("0", "1"), ("", ""))
 
 
+ODD = "a\u2028b\x85c\x0cd\x1ce"  # Python's splitlines cuts at each of these
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.txt", f"{ODD}\ntwo\n"),
+        ("rows.csv", f"prompt\n{ODD}\ntwo\n"),
+        ("rows.tsv", f"prompt\tid\r\n{ODD}\t0\r\ntwo\t1\r\n"),
+        ("rows.jsonl", json.dumps({"prompt": "a\u2028b\x85cde"}, ensure_ascii=False) + '\n"two"\n'),
+        ("ROWS.CSV", "Prompt\none\ntwo\n"),
+        ("rows.TXT", "one\rtwo\r"),
+    ],
+)
+def test_lines_end_at_newlines_alone_and_the_suffix_may_be_in_capitals(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
+    found = prompts.read(str(tmp_path / name))
+    assert len(found) == 2 and found.texts[1] == "two" and found.ids == ("0", "1")
+
+
+def test_a_cell_in_quotes_may_hold_a_line_end(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b'prompt,id\r\n"a\r\nb",1\r\nc,2\r\n')
+    assert prompts.read(str(tmp_path / "rows.csv")) == Prompts(("a\r\nb", "c"), ("1", "2"), ("", ""))
+
+
+def test_ids_and_groups_that_begin_later_are_kept(tmp_path):
+    lines = ['{"prompt": "a"}', '{"prompt": "b", "id": 8}', '{"prompt": "c", "category": "x"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    found = prompts.read(str(tmp_path / "rows.jsonl"))
+    assert found == Prompts(("a", "b", "c"), ("", "8", ""), ("", "", "x"))
+
+
+def test_a_column_that_is_there_twice_is_refused_where_it_matters(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["prompt", "prompt"]), tmp_path / "a.parquet"
+    )
+    (tmp_path / "a.csv").write_text("prompt,note,Prompt ,note\na,x,b,y\n")
+    (tmp_path / "b.csv").write_text("prompt,note,note\na,x,y\n")
+    for name in ("a.parquet", "a.csv"):
+        with pytest.raises(ValueError, match=f"{name} has 2 columns 'prompt'. Keep the one that is meant"):
+            prompts.read(str(tmp_path / name))
+    assert prompts.read(str(tmp_path / "b.csv")).texts == ("a",)
+
+
 def test_a_file_that_changed_is_read_again(tmp_path):
     path = tmp_path / "rows.txt"
     path.write_text("one\n")
@@ -76,6 +123,8 @@ BAD = [
     ("rows.txt", "\n", "holds no prompts"),
     ("rows.doc", "a", r"ends in '.doc'; allowed: .txt"),
     ("rows.txt", "".join(["a\n"] + ["\n"] * 9 + ["b\n"]), "line 6 .* and 4 more"),
+    ("rows.jsonl", '{"prompt": "a"}\n{"prompt": "b\\ud800"}\n', r"rows.jsonl: prompt of line 2 holds half a character"),
+    ("rows.jsonl", '{"prompt": "a", "id": "\\udc00"}\n', r"rows.jsonl: id of line 1 holds half a character"),
     ("rows.parquet", "nothing", "cannot be read as Parquet"),
 ]
 
