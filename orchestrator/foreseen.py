@@ -10,10 +10,15 @@ from orchestrator.plan import companions, cut, missing, shards, uncalibrated
 from orchestrator.progress import COMPANIONS
 from orchestrator.registries import searches
 from tasks.recipe import Recipe
+from tasks.room import check_room
 
 
 def foreseen(study: Any, store: Any) -> dict[str, Any]:
-    """Check every trial that can be foreseen and add up what they will take."""
+    """Check every trial that can be foreseen and add up what they will take.
+
+    Raises:
+        ValueError: one cannot run, or its batches do not fit into this machine's memory.
+    """
     artifacts: set[str] = set()
     total = {"trials": 0, "shards": 0, "samples": 0, "samples_to_make": 0, "nfe": 0, "work": 0.0,
              "reward_calls": 0, "raced": 0}  # fmt: skip
@@ -34,6 +39,8 @@ def foreseen(study: Any, store: Any) -> dict[str, Any]:
         if span in seen and study.search["name"] in ("single", "grid"):
             continue
         seen.add(span)
+        if work.samples:
+            check_room(trial.recipe)
         account = trial.recipe.account
         artifacts.update(uncalibrated(trial.recipe, store))
         total["shards"] += len(work)

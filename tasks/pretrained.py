@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tasks.checkpoint import check_weights, file_digest, read_json
+from tasks.hub_errors import explained
 from tasks.vocabulary import lacking
 
 SETTINGS = (".json", ".txt", ".model")  # files that change what a network does, beside its weights
@@ -58,7 +59,7 @@ class Source:
                     f"{field}.path {path!r} is no folder. If it is a hub id, set {field}.pinned to the commit to use "
                     f"(40 hexadecimal digits), got {pinned!r}: without one the weights could change between runs."
                 )
-            place = _download(path, pinned, self.plugin)
+            place = _download(path, pinned, self.plugin, self.files)
         missing = [name for name in ("config.json", *self.files) if not (place / name).is_file()]
         if missing:
             raise ValueError(
@@ -89,18 +90,13 @@ class Source:
 
 
 @lru_cache(maxsize=8)
-def _download(repository: str, commit: str, plugin: str) -> Path:
+def _download(repository: str, commit: str, plugin: str, files: tuple[str, ...]) -> Path:
+    """The snapshot of a commit with the weights that are read; the same ones in other formats stay where they are."""
     import huggingface_hub
 
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(repository, revision=commit, ignore_patterns=["*.h5", "*.msgpack"])
-        )
-    except Exception as error:  # a hub fails in many ways: no network, no such commit, gated
-        raise ValueError(
-            f"{plugin}: {repository} at {commit} cannot be fetched: {type(error).__name__}: {error}. Download it "
-            "elsewhere and give its folder as path."
-        ) from None
+    wanted = [*files, *(f"*{suffix}" for suffix in SETTINGS)]
+    with explained(f"{plugin}: {repository}@{commit}", repository, commit):
+        return Path(huggingface_hub.snapshot_download(repository, revision=commit, allow_patterns=wanted))
 
 
 def read_state(path: Path, inner: str = "") -> dict[str, torch.Tensor]:

@@ -102,14 +102,17 @@ class Registry:
         cls = self.get(name)
         hints = _hints(cls)
         known = [f.name for f in fields(cls)]
-        values = {}
-        for key, value in spec.items():
+        for key in spec:
             if key not in known:
                 raise unknown(f"field of {self.kind} {name!r}:", key, known, "Fields")
-            values[key] = coerce(value, hints[key], f"{self.kind}.{key}")
         for f in fields(cls):
-            if f.name not in values and _default(f) is None and not _optional(hints[f.name]):
-                raise ValueError(f"{self.kind} {name!r} needs {self.kind}.{f.name} (a {type_name(hints[f.name])}).")
+            is_needed = _default(f) is None and not _optional(hints[f.name])
+            if is_needed and spec.get(f.name) in (None, ""):  # a command line without it, or with nothing after the "="
+                raise ValueError(
+                    f"{self.kind} {name!r} needs {self.kind}.{f.name} (a {type_name(hints[f.name])}). Set "
+                    f"{self.kind}.{f.name}=VALUE; `solvus show {name}` says what it may be."
+                )
+        values = {key: coerce(value, hints[key], f"{self.kind}.{key}") for key, value in spec.items()}
         return cls(**values)
 
     def describe(self, plugin: Any) -> Spec:

@@ -28,6 +28,8 @@ def check_room(recipe: Any) -> None:
     Raises:
         ValueError: says how many particles fit.
     """
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        return  # which is refused where the model is loaded
     particles = recipe.parts.strategy.particles
     rows = max(1, recipe.batch_size // particles)
     each = COPIES * math.prod(recipe.parts.model.shape) * getattr(torch, recipe.dtype).itemsize
@@ -35,6 +37,12 @@ def check_room(recipe: Any) -> None:
     if rows * particles * each <= free:
         return
     fits = free // each
+    if particles == 1:
+        raise ValueError(
+            f"batch_size={recipe.batch_size} is so many states of shape {tuple(recipe.parts.model.shape)} at once, "
+            f"about {rows * each / 2**30:.3g} GiB, but {recipe.device} has {free / 2**30:.3g} GiB free; a batch is "
+            f"filled up even where fewer rows are asked for. Set batch_size to at most {fits}."
+        )
     raise ValueError(
         f"strategy {recipe.strategy['name']} holds {rows * particles} particles of shape "
         f"{tuple(recipe.parts.model.shape)} at once, about {rows * particles * each / 2**30:.3g} GiB, but "

@@ -96,7 +96,10 @@ class DiffusersPipeline:
                 raise ValueError(f"model.{name} must be at least 0, got {getattr(self, name)}.")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"model.max_tokens must be at least 1, got {self.max_tokens}.")
-        _ = self.folder, self.adapters
+        _ = self.folder
+        if self.lora:
+            self._check_takes_adapters()
+        _ = self.adapters
         self._check_size()
         if not self.folder.family.text:
             for name in ("prompts", "negative_prompt", "max_tokens"):
@@ -105,6 +108,16 @@ class DiffusersPipeline:
         if not self.folder.family.vae and (self.decode != "whole" or self.height or self.width):
             raise ValueError(f"{self.path} works on pixels of one size: leave out model.decode, height and width.")
         _ = self.prompt_table
+
+    def _check_takes_adapters(self) -> None:
+        import diffusers
+
+        name = self.folder.index["_class_name"]
+        if not hasattr(getattr(diffusers, name), "load_lora_weights"):
+            raise ValueError(
+                f"model.lora is given, but diffusers loads no adapters into a {name}. Leave it out, or merge it into "
+                "the weights of the network and save these."
+            )
 
     def _check_size(self) -> None:
         unit = self._factor * self.folder.family.multiple

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint import read_json
+from tasks.hub_errors import explained
 from tasks.pipelines.family import family_of
 
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>.*))?")
@@ -106,7 +106,7 @@ def _fetch(name: str, revision: str, variant: str | None, what: str) -> str:
     from huggingface_hub import list_repo_files
 
     where = f"{what} {name}@{revision}"
-    with _explained(where, name, revision):
+    with explained(where, name, revision):
         root = _snapshot(name, revision, [INDEX], lambda root: (root / INDEX).is_file())
         if not (root / INDEX).is_file():
             raise ValueError(f"{where} has no {INDEX}, so it is not a diffusers pipeline. Give one that has.")
@@ -131,7 +131,7 @@ def _fetch(name: str, revision: str, variant: str | None, what: str) -> str:
 
 @lru_cache(maxsize=32)
 def _fetch_adapter(name: str, revision: str, weight: str | None, what: str) -> str:
-    with _explained(f"{what} {name}@{revision}", name, revision):
+    with explained(f"{what} {name}@{revision}", name, revision):
         if weight is None:  # the names first: some hold dozens of adapters, or a pipeline beside one
             files = [file for file in _names(name, revision) if fnmatchcase(file, "*.safetensors") and "/" not in file]
             if len(files) != 1:
@@ -173,35 +173,3 @@ def _snapshot(name: str, revision: str, patterns: list[str], is_whole: Callable[
     except LocalEntryNotFoundError:
         pass
     return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-
-
-@contextmanager
-def _explained(where: str, name: str, revision: str) -> Iterator[None]:
-    """Within, what the hub raises becomes an error that says what to do."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except GatedRepoError:
-        raise ValueError(
-            f"{where} is gated: its owner lets in only those who asked. Accept the terms at "
-            f"https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN."
-        ) from None
-    except RevisionNotFoundError:
-        raise ValueError(f"{where}: the hub has {name}, but no such commit. Copy it from its page again.") from None
-    except RepositoryNotFoundError:
-        raise ValueError(
-            f"{where}: the hub has no such model, or it is private. Check the name, or set HF_TOKEN."
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{where} is not in the local cache, and the hub cannot be reached ({first}). Download it where there is a "
-            f"network (hf download {name} --revision {revision}), or give a folder."
-        ) from None

@@ -119,6 +119,13 @@ def test_a_recipe_that_overflows_is_exit_status_one_and_leaves_no_rows(solvus: S
     assert list((tmp_path / "store").rglob("*.parquet")) == []
 
 
+def test_a_batch_that_no_memory_holds_is_wrong_usage_before_any_work(solvus: Solvus, tmp_path: Path) -> None:
+    for verb in ("plan", "run"):
+        done = solvus(verb, *SMALL, "batch_size=100000000000", "num_samples=8", f"root={tmp_path}")
+        assert done.code == 2 and "batch_size=100000000000 is so many states of shape (2,)" in done.err
+        assert "Set batch_size to at most" in done.err
+
+
 # --- wrong usage -----------------------------------------------------------------------------------------------------
 
 

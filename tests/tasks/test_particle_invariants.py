@@ -188,5 +188,7 @@ def test_more_particles_than_memory_has_room_for_are_refused_with_the_number_tha
     with pytest.raises(ValueError, match=r"best_of_n holds 21 particles .* 20 particles fit: use fewer of them"):
         generate(made, 0, 1)
     assert len(generate(made.override({"strategy.n": 20}), 0, 1)["x0"]) == 1
+    with pytest.raises(ValueError, match=r"batch_size=32 is so many states .* Set batch_size to at most 20"):
+        generate(recipe({"name": "single"}, batch_size=32), 0, 1)
     with pytest.raises(ValueError, match="or a smaller batch_size"):
         generate(made.override({"strategy.n": 4}).override({"batch_size": 64}), 0, 1)

@@ -651,6 +651,28 @@ def test_fields_that_cannot_be_are_refused(saved, fields, message):
         build(saved("stable_diffusion")[1], **fields)
 
 
+@pytest.mark.parametrize("name", ["dit", "pixart", "ddpm"])
+def test_an_adapter_for_a_pipeline_that_takes_none_is_refused_when_planning(saved, tmp_path, name):
+    (tmp_path / "it.safetensors").write_bytes(b"x")
+    with pytest.raises(
+        ValueError, match="model.lora is given, but diffusers loads no adapters into a .*Pipeline. Leave"
+    ):
+        build(saved(name)[1], lora=[{"path": str(tmp_path / "it.safetensors")}])
+
+
+def test_an_adapter_that_is_not_there_is_refused_with_what_may_be_given(saved):
+    for path in (
+        "lora/missing.safetensors",
+        "./missing.safetensors",
+        "/nowhere/it.safetensors",
+        "owner/it.safetensors",
+    ):
+        with pytest.raises(ValueError, match="model.lora.0.path '.*' is not there. Give a .safetensors file, a folder"):
+            build(saved("stable_diffusion")[1], lora=[{"path": path}])
+    with pytest.raises(ValueError, match="model.lora.0.path is empty. Give a .safetensors file"):
+        build(saved("stable_diffusion")[1], lora=[{"path": ""}])
+
+
 def test_a_model_of_labels_or_pixels_takes_no_text_and_no_size(saved):
     with pytest.raises(ValueError, match="model.negative_prompt is given, but .* takes labels"):
         build(saved("dit")[1], negative_prompt="x")

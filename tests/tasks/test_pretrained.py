@@ -98,8 +98,45 @@ def test_a_hub_that_does_not_answer_is_an_error_that_says_what_to_do(monkeypatch
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match="cannot be fetched: OSError: no network. Download it elsewhere"):
+    with pytest.raises(ValueError, match="the hub cannot be reached .no network.. Download it where there is a"):
         build("reward", "aesthetic", path="openai/clip", pinned="0" * 40).check((3, 8, 8))
+
+
+def test_a_gated_hub_id_says_how_to_be_let_in(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    class Gated(GatedRepoError):
+        def __init__(self):
+            Exception.__init__(self, "gated")
+
+    def fail(*arguments, **more):
+        raise Gated
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    message = (
+        "reward aesthetic: owner/gated@0.* is gated: .*https://huggingface.co/owner/gated, then run `hf auth login`"
+    )
+    with pytest.raises(ValueError, match=message):
+        build("reward", "aesthetic", path="owner/gated", pinned="0" * 40).check((3, 8, 8))
+
+
+def test_of_a_hub_id_only_the_weights_that_are_read_are_fetched(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = (
+        "config.json model.safetensors pytorch_model.bin tf_model.h5 flax_model.msgpack merges.txt vocab.json".split()
+    )
+    asked = []
+
+    def download(*arguments, allow_patterns, **more):
+        asked.extend(filter_repo_objects(files, allow_patterns=allow_patterns))
+        return str(tiny_weights.clip())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    build("reward", "clip_score", path="owner/clip", pinned="1" * 40).check((3, 8, 8))
+    assert asked == ["config.json", "model.safetensors", "merges.txt", "vocab.json"]
 
 
 def test_the_key_is_the_hash_of_weights_and_settings_and_not_their_place(tmp_path):

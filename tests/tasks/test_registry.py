@@ -272,6 +272,12 @@ def test_what_is_no_name_is_refused_with_the_value(name):
 def test_a_field_without_a_default_must_be_given():
     with pytest.raises(ValueError, match=r"model 'unet' needs model.path \(an? str\)"):
         registry.models.build("unet")
+    for name in ("unet", "diffusers", "edm", "masked_lm"):  # not on the command line, or nothing after the "="
+        for path in (None, ""):
+            with pytest.raises(
+                ValueError, match=rf"model '{name}' needs model.path .a str.. Set model.path=VALUE; `solv"
+            ):
+                registry.models.build({"name": name, "path": path})
 
 
 WRONG = [
