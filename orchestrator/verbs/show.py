@@ -6,7 +6,7 @@ import argparse
 import inspect
 import json
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from orchestrator.exits import COMPLETE
 from orchestrator.verbs.printing import emit
@@ -36,7 +36,7 @@ def call(args: Any) -> int:
     data, lines = {}, []
     for kind, cls in found.items():
         defaults = EVERY[kind].defaults(args.name)
-        hints = inspect.get_annotations(cls, eval_str=True)
+        hints = get_type_hints(cls)  # inherited fields too
         described = {f.name: {"type": type_name(hints[f.name]), "default": defaults[f.name]} for f in fields(cls)}
         data[kind] = {"name": args.name, "fields": described, "doc": inspect.getdoc(cls)}
         lines += [f"{kind} {args.name}", "", inspect.getdoc(cls) or "", "", "Fields:"]

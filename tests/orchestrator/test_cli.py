@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from orchestrator import rows
+from orchestrator.registries import EVERY
 from orchestrator.results import Results
 from orchestrator.store import Store
 from tasks import run as tasks_run
@@ -355,6 +356,15 @@ def test_cfg_prints_the_configuration_and_runs_nothing(solvus: Solvus, tmp_path:
     assert done.code == 0 and done.data["solver"]["name"] == "heun"
     assert "name: heun" in solvus(verb, "solver=heun", f"root={tmp_path / 'root'}", "--cfg").out
     assert not (tmp_path / "root").exists()
+
+
+def test_every_plugin_shows_its_fields(solvus: Solvus) -> None:
+    for kind, registry in EVERY.items():
+        for name in registry.names():
+            shown = solvus("show", name, "--json")
+            assert shown.code == 0, (kind, name, shown.err)
+            described = shown.data[kind]["fields"]
+            assert {"name", *described} == set(registry.defaults(name)) and all(f["type"] for f in described.values()), name
 
 
 @pytest.mark.parametrize("verb", ["gc", "verify", "status", "report", "ui"])
