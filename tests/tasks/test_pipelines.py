@@ -565,16 +565,25 @@ def test_weights_of_another_shape_are_refused_when_planning(saved, tmp_path, pro
         recipe(folder, prompt_file, None)
 
 
-def test_tied_tensors_saved_once_and_buffers_that_need_no_saving_are_no_loss(saved, tmp_path, prompt_file):
+def test_tied_tensors_old_names_and_buffers_that_need_no_saving_are_no_loss(saved, tmp_path, prompt_file):
     def other_end(state):
         return {key.replace("shared", "encoder.embed_tokens"): value for key, value in state.items()}
 
-    def with_places(state):
+    def with_places(state):  # and under the names that transformers gave before its fifth version
+        state = {f"text_model.{key}": value for key, value in state.items()}
         return state | {"text_model.embeddings.position_ids": torch.arange(16)[None]}
 
-    for name, part, edit in (("pixart", "text_encoder", other_end), ("stable_diffusion", "text_encoder", with_places)):
-        made = recipe(edited(saved, tmp_path / name, name, part, edit), prompt_file, None, solver=DDIM)
-        np.testing.assert_array_equal(images(made), images(recipe(saved(name)[1], prompt_file, None, solver=DDIM)))
+    def old_names(state):
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+            state = {key.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v for key, v in state.items()}
+        assert any(".query." in key for key in state)
+        return state
+
+    others = [("pixart", "text_encoder", other_end), ("stable_diffusion", "text_encoder", with_places)]
+    for name, part, edit in [*others, ("dit", "vae", old_names)]:
+        prompts = None if name == "dit" else prompt_file
+        made = recipe(edited(saved, tmp_path / name, name, part, edit), prompts, None, solver=DDIM)
+        np.testing.assert_array_equal(images(made), images(recipe(saved(name)[1], prompts, None, solver=DDIM)))
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
