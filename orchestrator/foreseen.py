@@ -17,8 +17,9 @@ def foreseen(study: Any, store: Any) -> dict[str, Any]:
     """Check every trial that can be foreseen and add up what they will take.
 
     Raises:
-        ValueError: one cannot run, or its batches do not fit into this machine's memory.
+        ValueError: one cannot run, or its batches do not fit into the memory of this machine, where they are made.
     """
+    is_here = study.config["executor"].get("address", "local") == "local"  # workers elsewhere have their own memory
     artifacts: set[str] = set()
     total = {"trials": 0, "shards": 0, "samples": 0, "samples_to_make": 0, "nfe": 0, "work": 0.0,
              "reward_calls": 0, "raced": 0}  # fmt: skip
@@ -39,7 +40,7 @@ def foreseen(study: Any, store: Any) -> dict[str, Any]:
         if span in seen and study.search["name"] in ("single", "grid"):
             continue
         seen.add(span)
-        if work.samples:
+        if work.samples and is_here:
             check_room(trial.recipe)
         account = trial.recipe.account
         artifacts.update(uncalibrated(trial.recipe, store))

@@ -38,6 +38,7 @@ log = logging.getLogger("solvus")
 
 # How often a trial is planned again because a stored file turned out to be damaged.
 MAX_ATTEMPTS = 4
+MOST_LOST = 0.5  # share of a trial's rows that may be lost
 
 
 def run(
@@ -269,15 +270,24 @@ class _Loop:
             self.store.quarantine(key, row, why)
 
     def _lose(self, trial: Trial) -> None:
-        """Put rows that a trial lost into quarantine; one that has no others fails, and its rows may be tried again."""
+        """Put rows that a trial lost into quarantine; one that lost most fails, and its rows may be tried again.
+
+        What a few survivors say of a sampler that diverges would mislead a search.
+        """
         span = range(trial.first_index, trial.stop)
         known = aside(trial.recipe, scorers(self.study.metrics), self.store)
         gone = {i: why for i, why in sorted((trial.lost | known).items()) if i in span}
-        if len(gone) < len(span):
+        if len(gone) <= MOST_LOST * len(span):
             self._set_aside(trial.recipe.key, trial.lost)
         elif not trial.reason:
             first, why = next(iter(gone.items()))
-            trial.reason = f"none of its {len(span)} samples is left. Sample {first}: {why}. {advice(why)}".rstrip()
+            left = len(span) - len(gone)
+            told = (
+                f"only {left} of its {len(span)} samples are left"
+                if left
+                else f"none of its {len(span)} samples is left"
+            )
+            trial.reason = f"{told}. Sample {first}: {why}. {advice(why)}".rstrip()
             log.error("%s: %s", trial.title, trial.reason)
         trial.lost = {}
 

@@ -70,7 +70,7 @@ def test_rows_are_set_aside_with_their_steps_whatever_the_shards(
     def broken(self: Any, x: Any, t: Any, cond: Any = None) -> Any:
         answer = denoise(self, x, t, cond).clone()
         if 0.4 < float(t) < 0.6:
-            answer[x[:, 0] < 0] = math.nan
+            answer[x[:, 0] > 0] = math.nan
         return answer
 
     monkeypatch.setattr(MixtureDenoiser, "denoise", broken)
@@ -86,7 +86,7 @@ def test_a_row_that_only_its_decoding_spoils_is_set_aside_as_such(
     make_study: Callable, launch: Callable, gmm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(self: Any, x0: Any, cond: Any = None) -> Any:
-        return torch.where(x0[:, :1] < share, math.inf, x0)
+        return torch.where(-x0[:, :1] < share, math.inf, x0)
 
     monkeypatch.setattr(MixtureDenoiser, "decode", decode)
     share = 0.0
@@ -108,7 +108,7 @@ def test_a_row_that_a_solver_spoils_after_finite_answers_is_set_aside_as_such(
 
     def broken(self: Any, model: Any, state: Any, t: Any, s: Any, noise: Any) -> Any:
         found = step(self, model, state, t, s, noise)
-        return replace(found, x=torch.where(found.x[:, :1] < 0, math.inf, found.x)) if float(s) == 0 else found
+        return replace(found, x=torch.where(found.x[:, :1] > 0, math.inf, found.x)) if float(s) == 0 else found
 
     monkeypatch.setattr(DDIM, "step", broken)
     (trial,) = launch(make_study(recipe=gmm.override({"solver": "ddim"}))).trials
