@@ -23,6 +23,7 @@ from tasks.recipe import Recipe, canonical, digest, scorer_identity
 from tasks.registry import Spec
 
 CHUNK = 4096
+LARGEST = 2**24  # numbers of reference data that are scored at once
 Z95 = 1.959963984540054
 
 
@@ -40,6 +41,11 @@ def accompanied(metric: Spec | str) -> list[Spec]:
     """A metric, and those that its value must never be shown without (perplexity: the entropy of the tokens)."""
     spec = registry.metrics.complete(metric)
     return [spec, *map(registry.metrics.complete, getattr(registry.metrics.get(spec["name"]), "beside", ()))]
+
+
+def compares(plugin: Any) -> bool:
+    """Whether a metric compares samples with data."""
+    return bool(getattr(plugin, "compares_with_data", False))
 
 
 def scorers(metrics: list[Spec]) -> list[Spec]:
@@ -113,7 +119,8 @@ def reference(recipe: Recipe, metric: Spec, store: Store) -> dict[str, np.ndarra
     plugin, model = registry.metrics.build(metric), recipe.parts.model
     identity = [scorer_identity(spec) for spec in plugin.needs()]
     source = registry.model_identity(recipe.model)
-    key = digest({"metric": metric, "model": source, "revision": model.revision, "scorers": identity})
+    known = {"metric": registry.identity(metric), "model": source, "revision": model.revision, "scorers": identity}
+    key = digest(known | _revised([metric], model))
     found = store.get_arrays("references", key)
     if found is None:
         found = plugin.reference(model, lambda spec, samples, labels: _scored(spec, samples, labels, store))
@@ -122,22 +129,33 @@ def reference(recipe: Recipe, metric: Spec, store: Store) -> dict[str, np.ndarra
     return found
 
 
+def _revised(metrics: list[Spec], model: Any) -> dict[str, Any]:
+    """What else a value depends on: the data that a model was given, and revisions of metrics other than the first."""
+    plugins = [registry.metrics.build(spec) for spec in metrics]
+    revisions = [[p.name, revision] for p in plugins if (revision := getattr(p, "revision", "1")) != "1"]
+    data = getattr(model, "data_identity", None) if any(map(compares, plugins)) else None
+    return ({"revisions": revisions} if revisions else {}) | ({"data": data} if data else {})
+
+
 def _scored(spec: Spec, samples: Any, labels: Any, store: Store) -> np.ndarray:
     """A scorer's column over reference data, made once for all metrics and models that compare with the same data.
 
     Its key is the content of the data and the identity of the scorer: weights, and what it does to an image first.
     """
-    samples = np.asarray(samples)
-    content = hashlib.sha256(f"{samples.dtype.str}{samples.shape}".encode())
-    content.update(np.ascontiguousarray(samples).data)
-    data = {"samples": content.hexdigest()}
+    if (content := getattr(samples, "identity", None)) is None:  # read when asked for, and known without being read
+        samples = np.asarray(samples)
+        whole = hashlib.sha256(f"{samples.dtype.str}{samples.shape}".encode())
+        whole.update(np.ascontiguousarray(samples).data)
+        content = whole.hexdigest()
+    data = {"samples": content}
     if registry.scorer(spec).needs_labels:
         data["labels"] = hashlib.sha256(np.asarray(labels, dtype=np.int64).tobytes()).hexdigest()
     key = digest({"data": data, "scorer": scorer_identity(spec)})
     found = store.get_arrays("references", key)
     if found is None:
         known = np.zeros(len(samples), dtype=np.int64) if labels is None else np.asarray(labels)
-        found = {"value": run.score(spec, samples, known, 0, 256, "cpu")}
+        size = max(1, min(256, LARGEST // math.prod(samples.shape[1:])))
+        found = {"value": run.score(spec, samples, known, 0, size, "cpu")}
         store.put_arrays("references", key, found)
     return found["value"]
 
@@ -180,11 +198,12 @@ def measure(
         {
             "rows": recipe.key,
             "columns": [recipe.column_key(spec) for spec in needs],
-            "metrics": metrics,
+            "metrics": [registry.identity(spec) for spec in metrics],
             "range": [start, stop],
             "without": without,
         }
         | ({} if cluster is None else {"cluster": cluster})
+        | _revised(metrics, recipe.parts.model)
     )
     known = store.get_json("values", key)
     if known is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from orchestrator.measure import compares
 from orchestrator.ports import Proposal, SearchContext
 from orchestrator.registries import searches
 from orchestrator.trial import Trial
@@ -75,7 +76,8 @@ class Study:
     def context(self) -> SearchContext:
         """What the search may know."""
         _ = self.model_revision  # pinned from here on
-        key = digest({"recipe": self.recipe.key, "metrics": self.metrics, "num_samples": self.num_samples})
+        metrics = [registry.identity(spec) for spec in self.metrics]
+        key = digest({"recipe": self.recipe.key, "metrics": metrics, "num_samples": self.num_samples})
         return SearchContext(
             self.name, key, self.recipe.seed, self.root, self.storage, self.better, self.recipe, self.num_samples,
             self.first_index, self.metrics,
@@ -118,6 +120,8 @@ class Study:
                     raise ValueError(f"metric {spec['name']} needs labels, but this study has none. Leave it out.")
                 self._check_companion(recipe, spec["name"], need)
             plugin.check(model, count)
+            if compares(plugin) and hasattr(model, "check_data"):
+                model.check_data()
             if hasattr(plugin, "check_recipe"):
                 plugin.check_recipe(recipe)
         return trial

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tasks.noise import RowNoise
 from tasks.sampler import CountedModel, Sampler
+from tasks.types import sample_shape
 
 if TYPE_CHECKING:
     from tasks.recipe import Recipe
@@ -229,10 +230,14 @@ class Bench:
         plugin = self.parts.model
         if not hasattr(plugin, "reference"):
             raise ValueError(f"model {plugin.name} has no reference data, which this calibration needs.")
+        if sample_shape(plugin) != tuple(plugin.shape) and not hasattr(self.model, "encode"):
+            raise ValueError(
+                f"this calibration needs states, but the data of model {plugin.name} are what they decode to."
+            )
         samples, labels = plugin.reference(rows)
         place = np.random.default_rng(0).permutation(len(samples))
         place = np.resize(place, rows)
-        x0 = torch.as_tensor(np.asarray(samples)[place], device=self.recipe.device)
+        x0 = torch.as_tensor(np.asarray(samples[place]), device=self.recipe.device)
         if hasattr(self.model, "encode"):  # what is stored is not what is stepped
             x0 = self.model.encode(x0)
         elif plugin.noising.kind == "masked":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,13 +80,49 @@ def _factor(matrix: np.ndarray) -> np.ndarray:
         return vectors * np.sqrt(np.clip(values, 0.0, None))
 
 
-def reference_moments(spec: Spec | str, model: Any, score: Callable[[Spec, Any, Any], np.ndarray]) -> dict[str, Any]:
-    """Mean and covariance of some features of a model's data: exact ones where it knows them."""
+def reference_moments(
+    spec: Spec | str, model: Any, score: Callable[[Spec, Any, Any], np.ndarray], statistics: str | None = None
+) -> dict[str, Any]:
+    """Mean and covariance of some features of a model's data: those in a file, or exact ones where it knows them."""
+    if statistics:
+        return read_statistics(statistics)
     if column(spec) == "identity" and hasattr(model, "moments"):
         mean, covariance = model.moments()
         return {"mean": mean, "covariance": covariance}
     found = Moments.of(score(features.complete(spec), *model.reference()))
     return {"mean": found.mean, "covariance": found.covariance}
+
+
+def read_statistics(path: str) -> dict[str, np.ndarray]:
+    """Mean (D,) and covariance (D, D), float64, from an .npz file with mu and sigma, as ADM's and pytorch-fid's.
+
+    Raises:
+        ValueError: no such file, or other contents.
+    """
+    try:
+        with np.load(Path(path).expanduser(), allow_pickle=False) as found:
+            mean, covariance = (np.asarray(found[name], dtype=np.float64) for name in ("mu", "sigma"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"metric.statistics {path!r} is no .npz file with mu and sigma: {error}.") from None
+    if mean.ndim != 1 or covariance.shape != (len(mean),) * 2 or not np.isfinite(covariance).all():
+        raise ValueError(
+            f"metric.statistics {path!r} must hold finite mu (D,) and sigma (D, D), got shapes {mean.shape} and "
+            f"{covariance.shape}."
+        )
+    return {"mean": mean, "covariance": covariance}
+
+
+def check_statistics(path: str | None, dim: int) -> None:
+    """Refuse a file whose features are others.
+
+    Raises:
+        ValueError: it cannot be read, or has another number of features.
+    """
+    if path and (count := len(read_statistics(path)["mean"])) != dim:
+        raise ValueError(
+            f"metric.statistics {path!r} is of {count} features, but metric.features gives {dim}. Name the features "
+            "that the file was made with."
+        )
 
 
 def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from tasks.registry import models
+from tasks.types import sample_shape
 
 
 @lru_cache(maxsize=4)
@@ -21,4 +22,4 @@ def items(spec: str) -> np.ndarray:
     if not hasattr(model, "reference"):
         raise ValueError(f"model {model.name} has no reference data to measure. Choose a model that has.")
     found = np.asarray(model.reference()[0], dtype=np.float64)
-    return found.reshape(-1, *model.shape)
+    return found.reshape(-1, *sample_shape(model))

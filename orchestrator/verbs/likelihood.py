@@ -42,6 +42,7 @@ def _measure(study: Any, args: Any) -> dict[str, Any]:
     from tasks.noise import RowNoise
     from tasks.run import load_model, use_one_thread
     from tasks.sampler import CountedModel
+    from tasks.types import sample_shape
 
     recipe, spec = study.recipe, study.recipe.parts.model
     if args.exact and args.probes is not None:
@@ -54,6 +55,11 @@ def _measure(study: Any, args: Any) -> dict[str, Any]:
     bin_width = _bin_width(spec) if args.bin_width is None else args.bin_width
     if bin_width is not None and not (math.isfinite(bin_width) and bin_width > 0):
         raise ValueError(f"--bin-width must be above 0, got {bin_width}. Leave it out for the model's own data.")
+    if sample_shape(spec) != tuple(spec.shape):
+        raise ValueError(
+            f"a likelihood is that of data under a model of the same shape, but model {spec.name} has states of shape "
+            f"{tuple(spec.shape)} and samples of shape {sample_shape(spec)}. Use a model without a decoder."
+        )
     samples, labels = spec.reference()
     first, stop = study.first_index, min(study.first_index + study.num_samples, len(samples))
     if not 0 <= first < stop:

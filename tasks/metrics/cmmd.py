@@ -38,6 +38,7 @@ class CMMD:
     sigma: float = 10.0
     max_samples: int = 4096
 
+    compares_with_data = True
     better = {NAME: "lower"}
 
     def __post_init__(self) -> None:

@@ -91,6 +91,11 @@ class ConditionalDiversity:
                 "metric conditional_diversity groups by label, but this study has none. Use metric diversity."
             )
 
+    @property
+    def compares_with_data(self) -> bool:
+        """Whether it is told relative to that of the data."""
+        return self.relative
+
     def reference(self, model: Any, score: Callable[[Spec, Any, Any], np.ndarray]) -> dict[str, np.ndarray] | None:
         """The data's own."""
         if not self.relative:

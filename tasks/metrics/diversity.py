@@ -29,6 +29,7 @@ class Diversity:
 
     features: str | dict[str, Any] = "classifier"
 
+    compares_with_data = True
     better = {"quality/diversity": "higher"}
 
     def needs(self) -> tuple[Spec, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tasks.moments import Moments, frechet_distance, frechet_influence, reference_moments
+from tasks.checkpoint import file_digest
+from tasks.moments import Moments, check_statistics, frechet_distance, frechet_influence, reference_moments
 from tasks.parts import part_of
 from tasks.registry import Spec, column, features, metrics
 from tasks.types import Rows, sample_shape
@@ -44,6 +46,7 @@ class FrechetInfinity:
 
     Args:
         features: name of the feature extractor, or its whole spec.
+        statistics: .npz file with mu and sigma of the same features of some data; null takes the model's own data.
         groups: G; each group needs more rows than there are features.
 
     Reference: Chong and Forsyth 2020, "Effectively Unbiased FID and Inception Score", section 4, by a line through
@@ -52,12 +55,23 @@ class FrechetInfinity:
 
     features: str | dict[str, Any] = "classifier"
     groups: int = 2
+    statistics: str | None = None
 
     better = {NAME: "lower"}
 
     def __post_init__(self) -> None:
         if self.groups < 2:
             raise ValueError(f"metric.groups must be at least 2, got {self.groups}.")
+
+    @property
+    def compares_with_data(self) -> bool:
+        """Whether the model's own data are needed."""
+        return not self.statistics
+
+    @property
+    def revision(self) -> str:
+        """Of what the file says; of the code where there is none."""
+        return file_digest(Path(self.statistics).expanduser()) if self.statistics else "1"
 
     def needs(self) -> tuple[Spec, ...]:
         """The feature column."""
@@ -66,6 +80,7 @@ class FrechetInfinity:
     def check(self, model: Any, num_samples: int) -> None:
         """More rows than features in every group: below, the distance is no line in 1/n."""
         dim = features.build(self.features).dim(sample_shape(model))
+        check_statistics(self.statistics, dim)
         if num_samples // self.groups <= dim:
             raise ValueError(
                 f"frechet_infinity is rank-deficient: {num_samples // self.groups} rows in each of {self.groups} "
@@ -74,7 +89,7 @@ class FrechetInfinity:
 
     def reference(self, model: Any, score: Callable[[Spec, Any, Any], np.ndarray]) -> dict[str, np.ndarray]:
         """Mean and covariance of the reference data's features."""
-        return reference_moments(self.features, model, score)
+        return reference_moments(self.features, model, score, self.statistics)
 
     def summarize(self, rows: Rows) -> _Groups:
         """Moments of these rows, by group."""

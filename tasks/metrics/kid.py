@@ -35,6 +35,7 @@ class KID:
     features: str | dict[str, Any] = "classifier"
     max_samples: int = 4096
 
+    compares_with_data = True
     better = {NAME: "lower"}
 
     def needs(self) -> tuple[Spec, ...]:

@@ -41,6 +41,7 @@ class Memorisation:
     level: float = 0.01
     max_samples: int = 4096
 
+    compares_with_data = True
     better = {NAME: "lower"}
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ class PRDC:
     k: int = 5
     max_samples: int = 4096
 
+    compares_with_data = True
     better = {f"quality/{name}": "higher" for name in NAMES}
 
     def __post_init__(self) -> None:

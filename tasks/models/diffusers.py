@@ -12,6 +12,7 @@ import torch
 
 from tasks import prompts
 from tasks.checkpoint import skeleton
+from tasks.image_data import JudgedByPictures
 from tasks.layer_skip import Blocks, survey
 from tasks.pipelines.decoder import PipelineDecoder, decoder
 from tasks.pipelines.denoiser import PipelineDenoiser
@@ -29,7 +30,7 @@ NO_PROMPTS = Prompts((), (), ())
 
 @models.register("diffusers")
 @dataclass(frozen=True)
-class DiffusersPipeline:
+class DiffusersPipeline(JudgedByPictures):
     """A saved diffusers pipeline: Stable Diffusion 1, 2, XL and 3, FLUX, PixArt, DiT, DDPM.
 
     The sampling loop is ours, so solvers, grids, guidance and strategies work as on any model. Row i has prompt
@@ -63,6 +64,7 @@ class DiffusersPipeline:
             rows, so it is no part of their key.
         halvings: how often a batch may be halved when memory runs out, which changes last bits and is recorded with the
             rows (rows_per_call); 0 refuses and says what fits.
+        data: pictures that samples are compared with: a folder, .npz, .npy or .parquet (``tasks/image_data.py``).
 
     Reference: von Platen et al., diffusers; the files in ``tasks/pipelines/families`` name the papers.
     """
@@ -86,10 +88,11 @@ class DiffusersPipeline:
     decode_rows: int = 0
     offload: str = "none"
     halvings: int = 3
+    data: str | None = None
 
     kind = "image"
     # Where things lie, and what changes no row; what lies there enters the key by its content.
-    unkeyed = ("path", "prompts", "lora", "offload", "halvings")
+    unkeyed = ("path", "prompts", "lora", "offload", "halvings", "data")
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -249,13 +252,6 @@ class DiffusersPipeline:
                 f"guidance {touching[0]} remembers whole batches, which must not be halved when memory runs out. Set "
                 "model.halvings=0 and a batch_size that fits."
             )
-
-    def reference(self, count: int = 0) -> tuple[Any, Any]:
-        """Refused: a pipeline brings no data that samples could be judged by."""
-        raise ValueError(
-            "model diffusers has no reference data. Use metrics without it, such as mean_reward, or one with reference "
-            "statistics of its own."
-        )
 
     @property
     def decodes_apart(self) -> bool:

@@ -14,13 +14,14 @@ from torch.nn.functional import one_hot
 from tasks.checkpoint import file_digest
 from tasks.edm import convert
 from tasks.edm.network import precondition
+from tasks.image_data import JudgedByPictures
 from tasks.processes import EDM, Time
 from tasks.registry import models
 
 
 @models.register("edm")
 @dataclass(frozen=True)
-class EDMNetwork:
+class EDMNetwork(JudgedByPictures):
     """A network of EDM (DDPM++, NCSN++ or ADM) from its pickle, read as data, or from the safetensors made of it.
 
     Pickles run code when they are opened in the ordinary way. This one is only read when ``sha256`` pins its content,
@@ -33,6 +34,7 @@ class EDMNetwork:
         sha256: of the pickle, 64 hexadecimal digits.
         sigma_min: smallest noise level of grids that are laid by noise level.
         sigma_max: noise level at t=1.
+        data: pictures that samples are compared with: a folder, .npz, .npy or .parquet (``tasks/image_data.py``).
 
     Reference: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", table 1.
     """
@@ -41,9 +43,10 @@ class EDMNetwork:
     sha256: str = ""
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+    data: str | None = None
 
     kind = "image"
-    unkeyed = ("path", "sha256")  # the revision holds the content
+    unkeyed = ("path", "sha256", "data")  # the revision holds the content; data changes no row
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < float("inf"):
@@ -88,10 +91,6 @@ class EDMNetwork:
     def revision(self) -> str:
         """Hash of weights and settings."""
         return file_digest(self.file)[:16]
-
-    def reference(self, count: int = 0) -> tuple[Any, Any]:
-        """Refused: a network brings no data that samples could be judged by."""
-        raise ValueError("model edm has no reference data. Use metrics without it, or with statistics of their own.")
 
     def load(self, device: str) -> EDMDenoiser:
         """The denoiser on a device."""

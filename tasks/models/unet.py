@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint import Checkpoint, FolderModel, digits_reference
+from tasks.image_data import JudgedByPictures
 from tasks.registry import models
 
 
 @models.register("unet")
 @dataclass(frozen=True)
-class UNet(FolderModel):
+class UNet(JudgedByPictures, FolderModel):
     """A diffusers UNet2DModel from a folder written by ``save_pretrained``.
 
     Args:
         path: the folder: a pipeline's (with ``unet/`` and ``scheduler/``) or a UNet's own.
         scheduler: scheduler configuration (beta_schedule, beta_start, beta_end, prediction_type, …) for a folder that
             has none.
-        data: "digits" judges samples by scikit-learn's digits; null leaves reference metrics unavailable.
+        data: pictures that samples are compared with: a folder, .npz, .npy or .parquet (``tasks/image_data.py``), or
+            the word digits for scikit-learn's.
 
     Reference: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (network); diffusers (format).
     """
@@ -29,9 +31,9 @@ class UNet(FolderModel):
     scheduler: dict[str, Any] | None = None
     data: str | None = None
 
+    unkeyed = ("path", "data")  # the revision holds the content; data changes no row
+
     def __post_init__(self) -> None:
-        if self.data not in (None, "digits"):
-            raise ValueError(f"model.data must be null or 'digits', got {self.data!r}.")
         _ = self.checkpoint
 
     @cached_property
@@ -39,8 +41,16 @@ class UNet(FolderModel):
         """The folder, checked."""
         return Checkpoint(Path(self.path), self.scheduler)
 
-    def reference(self, count: int = 0) -> tuple[Any, Any]:
-        """The data set that samples are judged by."""
+    def check_data(self) -> None:
+        """Refuse a model without data, or with data that cannot be read."""
         if self.data != "digits":
-            raise ValueError("model.data is null, so there is no reference data. Set model.data=digits.")
-        return digits_reference()
+            super().check_data()
+
+    @property
+    def data_identity(self) -> str | None:
+        """Of the pictures; None without any."""
+        return "digits" if self.data == "digits" else super().data_identity
+
+    def reference(self, count: int = 0) -> tuple[Any, Any]:
+        """The pictures, (N, C, H, W), and their labels."""
+        return digits_reference() if self.data == "digits" else super().reference(count)

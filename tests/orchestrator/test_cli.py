@@ -364,7 +364,9 @@ def test_every_plugin_shows_its_fields(solvus: Solvus) -> None:
             shown = solvus("show", name, "--json")
             assert shown.code == 0, (kind, name, shown.err)
             described = shown.data[kind]["fields"]
-            assert {"name", *described} == set(registry.defaults(name)) and all(f["type"] for f in described.values()), name
+            assert {"name", *described} == set(registry.defaults(name)) and all(
+                f["type"] for f in described.values()
+            ), name
 
 
 @pytest.mark.parametrize("verb", ["gc", "verify", "status", "report", "ui"])

@@ -559,7 +559,7 @@ def test_every_prediction_type_becomes_the_clean_prediction(copy, kind):
 
 def test_reference_data_must_be_named():
     path = str(WEIGHTS / "digits")
-    with pytest.raises(ValueError, match="model.data is null, so there is no reference data. Set model.data=digits"):
+    with pytest.raises(ValueError, match="brings no data to compare samples with. Set model.data to a folder"):
         registry.models.build({"name": "unet", "path": path}).reference()
     images, _ = registry.models.build({"name": "unet", "path": path, "data": "digits"}).reference()
     assert len(images) == 1797
@@ -567,4 +567,4 @@ def test_reference_data_must_be_named():
 
 def test_unknown_reference_data_is_refused_when_planning():
     with pytest.raises(ValueError, match="model.data .*'cifar10'"):
-        registry.models.build({"name": "unet", "path": str(WEIGHTS / "digits"), "data": "cifar10"})
+        registry.models.build({"name": "unet", "path": str(WEIGHTS / "digits"), "data": "cifar10"}).check_data()
