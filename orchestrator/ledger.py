@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.store import Store
+from tasks import registry
 from tasks.recipe import Recipe
+from tasks.registry import Spec
 
 
 @dataclass
@@ -49,6 +51,19 @@ class Ledger:
         """Sums, device-seconds and money; seconds of rewards inside strategies are part of generating."""
         money = self.device_seconds / 3600 * self.price_per_device_hour
         return self.spent | {"device_s": self.device_seconds, "money": money}
+
+    def speedup(self, recipe: Recipe, scorers: list[Spec], start: int, stop: int, store: Store) -> dict[str, float]:
+        """How many times faster the rows [start, stop) were made than their companions without savings, as measured.
+
+        Returns:
+            ``{"speedup": ratio of device-seconds}``; empty where rows are compared with none.
+        """
+        for spec in scorers:
+            other = recipe.companion(spec) if getattr(registry.scorer(spec), "compares_seconds", False) else None
+            if other is not None:
+                spent, whole = (self.cost_of(r, start, stop, store)["generate_s"] for r in (recipe, other))
+                return {"speedup": whole / spent} if spent and whole else {}
+        return {}
 
     def cost_of(self, recipe: Recipe, start: int, stop: int, store: Store) -> dict[str, float]:
         """What the rows [start, stop) cost whoever made them, from their commit records, in proportion."""

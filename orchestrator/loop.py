@@ -314,7 +314,9 @@ class _Loop:
             return self.plan(trial)
         self._lose(trial)
         more = None
-        trial.cost = self.ledger.cost_of(trial.recipe, trial.first_index, trial.stop, self.store)
+        span = (trial.first_index, trial.stop, self.store)
+        trial.cost = self.ledger.cost_of(trial.recipe, *span)
+        trial.cost |= self.ledger.speedup(trial.recipe, scorers(self.study.metrics), *span)
         if not trial.reason:
             try:
                 more = self._measure(trial)

@@ -73,7 +73,7 @@ def chunks(
 
     ``more`` names columns of the rows that not every metric reads; one that the rows lack is NaN.
     """
-    names = ["label", "nfe", "reward_calls", "decodes", *(["work"] if recipe.masks else [])]
+    names = ["label", "nfe", "reward_calls", "decodes", *(["work"] if recipe.weighs else [])]
     names = list(dict.fromkeys([*names, *more]))  # a metric and the clusters may want the same one
     spans = missing(start, stop, covered([], aside(recipe, needs, store)))
     sources = [_rechunk(store, "rows", recipe.key, names, spans)]
@@ -84,6 +84,8 @@ def chunks(
         for spec, part in zip(needs, parts[1:], strict=True):
             chunk[spec["name"]] = part["value"]
         count = len(chunk["nfe"])
+        if "work" in chunk:  # not written where every evaluation was of the whole network
+            chunk["work"] = np.where(np.isnan(chunk["work"]), chunk["nfe"], chunk["work"])
         chunk["position"] = np.arange(position, position + count)
         position += count
         yield chunk

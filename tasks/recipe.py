@@ -143,6 +143,13 @@ class Recipe:
         return found if any(found) else ()
 
     @property
+    def weighs(self) -> bool:
+        """Whether an evaluation may be less work than the whole network."""
+        whole = self.parts.guidance
+        plugins = (*getattr(whole, "plugins", (whole,)), *getattr(self.parts.solver, "hook_objects", ()))
+        return bool(self.masks) or any(getattr(p, "saves", False) or getattr(p, "weighs", False) for p in plugins)
+
+    @property
     def is_limited(self) -> bool:
         """Whether guidance costs more at some noise levels than at others."""
         return getattr(self.parts.guidance, "limited", False)

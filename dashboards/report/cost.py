@@ -11,12 +11,14 @@ from dashboards.report.table import Table
 from dashboards.report.view import Row, compared
 from dashboards.report.won import measured
 
+DISTANCE = "quality/acceleration_distance"
+
 
 def section(view: StudyView) -> list[Section]:
     """Totals of the study, and of each of its parts."""
     if not view.table:
         return []
-    return [Section("What it cost", tables=[_totals(view), *([t] if (t := _by_part(view)) else [])])]
+    return [Section("What it cost", tables=[t for t in (_totals(view), _by_part(view), _savings(view)) if t])]
 
 
 def _totals(view: StudyView) -> Table:
@@ -52,6 +54,21 @@ def _by_part(view: StudyView) -> Table | None:
         rows.append([name, len(inside), samples, int(_sum(inside, "nfe")), _sum(inside, "generate_s")])
     head = ["part", "different trials", "samples", "network evaluations", "device-seconds"]
     return Table("cost_by_part", "Cost of its parts; what two of them share counts in both", head, rows)
+
+
+def _savings(view: StudyView) -> Table | None:
+    """What savings saved and what they changed, for trials whose rows were made without them too."""
+    rows = [row for row in view.complete if row.data.get("cost/speedup") is not None]
+    if not rows:
+        return None
+    head = ["trial", "guidance", "evaluations", "work", "speed-up", DISTANCE]
+    body = [
+        [row.name, row.recipe["guidance"]["name"], row.nfe, row.value("cost/work"), row.data["cost/speedup"],
+         measured(row, DISTANCE)]
+        for row in rows
+    ]  # fmt: skip
+    title = "Savings, against the same rows without them; the speed-up is of device-seconds, as both were measured"
+    return Table("savings", title, head, body)
 
 
 def _distinct(table: list[Row]) -> dict[tuple[str, int, int], Row]:

@@ -317,6 +317,7 @@ class Mirror:
         entities = self._mlflow.entities
         errors = {f"{name}_se": error for name, error in trial.errors.items()}
         costs = {} if trial.seconds is None else {"cost/seconds": trial.seconds}  # device-seconds of one sample
+        costs |= {"cost/speedup": trial.cost["speedup"]} if "speedup" in trial.cost else {}
         metrics = self._metrics(trial.values | errors | costs, trial.num_samples)
         for look in trial.looks:
             if look.samples < trial.num_samples:

@@ -27,6 +27,7 @@ class AccelerationDistance:
 
     needs_labels = False
     revision = "1"
+    compares_seconds = True  # with those of the companion
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Any shape."""

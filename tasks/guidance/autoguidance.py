@@ -43,6 +43,11 @@ class Autoguidance:
         """Whether the bad version is the network without some of its blocks."""
         return self.bad is None
 
+    @property
+    def weighs(self) -> bool:
+        """Whether that is less work than an evaluation."""
+        return self.bad is None
+
     def __post_init__(self) -> None:
         if self.bad is None and self.skip < 1:
             raise ValueError(

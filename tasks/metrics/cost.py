@@ -22,12 +22,13 @@ class Cost:
 
     Seconds are in the trial table, but no metric: they are not the same again.
 
-    Where steps leave out blocks of the network, ``cost/work`` says what the evaluations come to in whole networks, by
-    multiply-adds; elsewhere it would be ``cost/nfe`` again and is not shown.
+    Where blocks of the network are left out, or parts of evaluations are spared, ``cost/work`` says what the
+    evaluations come to in whole networks, by multiply-adds; elsewhere it would be ``cost/nfe`` again and is not shown.
 
     Reference: none needed.
     """
 
+    revision = "2"
     better = {f"cost/{name}": "lower" for name in COUNTS}
 
     def needs(self) -> tuple[Spec, ...]:

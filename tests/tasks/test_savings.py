@@ -283,6 +283,37 @@ def test_quantised_rows_stay_near_and_ranges_are_found_once_for_a_chain_too():
         assert not any("forward" in module.__dict__ for module in network.modules())
 
 
+def test_a_study_says_what_savings_saved_and_what_they_changed(tmp_path):
+    from dashboards.report import cost
+    from dashboards.report.study import open_view
+    from orchestrator.api import run
+
+    root, common = (
+        f"root={tmp_path}",
+        ["model=digits_dit", "solver=dpmpp_2m", "nfe=12", "num_samples=32", "batch_size=16"],
+    )
+    space = "search.space={guidance.config.threshold:[0.0,0.3]}"
+    found = run(
+        *common,
+        root,
+        "guidance=step_cache",
+        "guidance.config={threshold: 0.1}",
+        "metrics=[acceleration]",
+        "search=grid",
+        space,
+        "tracker=none",
+    )
+    none, some = found.trials().to_pylist()
+    assert none["value/cost/work"] == none["value/cost/nfe"] == some["value/cost/nfe"] == 12
+    assert 0 < some["value/cost/work"] < 12 and some["value/quality/acceleration_distance"] > 0
+    plain = run(*common, root, "name=plain", "metrics=[]", "tracker=none").trials().to_pylist()[0]
+    for row in (none, some):  # the companion rows are those of the plain study, seconds and all
+        assert row["cost/speedup"] == pytest.approx(plain["cost/generate_s"] / row["cost/generate_s"])
+    assert plain.get("cost/speedup") is None
+    (table,) = [t for t in cost.section(open_view(str(tmp_path), found.name))[0].tables if t.name == "savings"]
+    assert [row[table.head.index("work")] for row in table.rows] == [12, some["value/cost/work"]]
+
+
 # --- one more step ---------------------------------------------------------------------------------------------------
 
 
