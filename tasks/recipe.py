@@ -83,10 +83,10 @@ class Recipe:
     @cached_property
     def parts(self) -> Parts:
         """The plug-in objects, without weights."""
-        model = registry.models.build(self.model)
+        model, solver = registry.models.build(self.model), registry.solvers.build(self.solver)
         return Parts(
             model,
-            registry.solvers.build(self.solver),
+            solver.beside(model) if hasattr(solver, "beside") else solver,
             registry.times.build(self.times),
             registry.initials.build(self.initial),
             registry.guidance.build(self.guidance),
@@ -238,6 +238,9 @@ class Recipe:
             more["initial_revision"] = self.parts.initial.revision
         if getattr(self.parts.guidance, "revision", None) is not None:
             more["guidance_revision"] = self.parts.guidance.revision
+        if hasattr(self.parts.solver, "inherited"):
+            inherited = self.parts.solver.inherited(lays_grid=stock_steps is not None)
+            more |= {"scheduler": inherited} if inherited else {}
         return digest(
             more
             | {

@@ -16,7 +16,7 @@ from tasks.image_data import JudgedByPictures
 from tasks.layer_skip import Blocks, survey
 from tasks.pipelines.decoder import PipelineDecoder, decoder
 from tasks.pipelines.denoiser import PipelineDenoiser
-from tasks.pipelines.family import Family, Setting
+from tasks.pipelines.family import Family, Setting, StockSchedule
 from tasks.pipelines.folder import PipelineFolder, content
 from tasks.pipelines.hub import locate, locate_adapter
 from tasks.pipelines.whole import check_whole
@@ -187,6 +187,14 @@ class DiffusersPipeline(JudgedByPictures):
     def num_classes(self) -> int:
         """Number of rows of the prompt file, or of labels; 0 without conditions."""
         return len(self.prompt_table) if self.folder.family.text else self.folder.family.classes(self.folder.network)
+
+    @property
+    def stock_schedule(self) -> StockSchedule:
+        """How the stock pipeline sets up its scheduler."""
+        folder = self.folder
+        return StockSchedule(
+            folder.scheduler, lambda config, steps: folder.family.grid_options(config, self.shape, steps)
+        )
 
     @property
     def skeleton(self) -> torch.nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +15,19 @@ from torch import Tensor
 from tasks.registry import unknown
 
 Encoded = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StockSchedule:
+    """How a saved pipeline sets up a scheduler.
+
+    Attributes:
+        config: fields of its scheduler's configuration.
+        options: what it hands to a scheduler with some configuration, for a number of steps.
+    """
+
+    config: Mapping[str, Any]
+    options: Callable[[Mapping[str, Any], int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,16 @@ class Family:
         size = config["sample_size"]
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
+    def grid_options(self, scheduler: Mapping[str, Any], shape: tuple[int, ...], num_steps: int) -> dict[str, Any]:
+        """What the stock pipeline hands to its scheduler beside a number of steps, to lay its grid.
+
+        Args:
+            scheduler: its configuration.
+            shape: of a state.
+            num_steps: their number.
+        """
+        return {}
+
     def encode(self, pipe: Any, text: str | None, setting: Setting, device: str) -> Encoded:
         """What the network is given for one text, each (1, ...); None is the pipeline's own empty condition."""
         raise AssertionError(f"{type(self).__name__} takes labels")
@@ -114,6 +137,20 @@ class Family:
 def first_half(output: Tensor, channels: int) -> Tensor:
     """The mean of a network that learned its variance too."""
     return output[:, :channels] if output.shape[1] == 2 * channels else output
+
+
+def resolution_shift(scheduler: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, float]:
+    """The logarithm of the time shift for an image's number of 2x2 patches, where a scheduler shifts by resolution.
+
+    Reference: Esser et al. 2024, "Scaling Rectified Flow Transformers", section 5.3.2; linear in the tokens as in
+    diffusers' ``calculate_shift``.
+    """
+    if not scheduler.get("use_dynamic_shifting"):
+        return {}
+    tokens = shape[-2] * shape[-1] / 4
+    low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    least, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    return {"mu": least + (most - least) * (tokens - low) / (high - low)}
 
 
 def guidance_embedding(pipe: Any, net: Any, scale: float, x: Tensor) -> Tensor | None:

@@ -19,6 +19,12 @@ from tasks.types import Conditioned, Noise, State
 
 # Two-evaluation schedulers list every evaluation in ``timesteps``; the others list one entry a step.
 _EVALUATIONS = {"HeunDiscreteScheduler": 2, "FlowMatchHeunDiscreteScheduler": 2}
+# What the model's process says of the schedule, whatever else is configured.
+_SCHEDULE = {"self", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "sigma_min",
+             "sigma_max", "trained_betas", "use_flow_sigmas"}  # fmt: skip
+_GRID = {"shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
+         "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "invert_sigmas",
+         "shift_terminal"}  # fmt: skip
 _EVALUATIONS |= {"KDPM2DiscreteScheduler": 2, "KDPM2AncestralDiscreteScheduler": 2}
 
 
@@ -28,12 +34,15 @@ class DiffusersScheduler:
     """A stock diffusers scheduler, unchanged: its own grid with ``times=stock``, or ours where its class takes one.
 
     The noise schedule always is the model's; ``config`` holds the rest of the scheduler's configuration
-    (timestep_spacing, use_karras_sigmas, solver_order, …); prediction_type is what the scheduler is given. Noise
-    that a scheduler draws comes from one generator per row, so rows stay functions of their index.
+    (timestep_spacing, use_karras_sigmas, solver_order, …); prediction_type is what the scheduler is given (and, of
+    several steps, remembers). What it
+    leaves out is as a saved pipeline's own configuration has it, as with diffusers' ``from_config``, and the class's
+    default where that says nothing. Noise that a scheduler draws comes from one generator per row, so rows stay
+    functions of their index.
 
     Args:
         scheduler: class name in ``diffusers``.
-        config: configuration fields that override the class's defaults.
+        config: configuration fields that override the pipeline's and the class's defaults.
 
     Reference: von Platen et al., diffusers; each scheduler names its paper.
     Cost: the scheduler's own number of evaluations.
@@ -65,6 +74,23 @@ class DiffusersScheduler:
             raise unknown("diffusers scheduler", self.scheduler, known, "Known")
         return found
 
+    def beside(self, model: Any) -> DiffusersScheduler:
+        """Itself for a model: with what the model's own configuration says of schedulers, where it is a pipeline."""
+        found = copy.copy(self)
+        found.__dict__["_stock"] = getattr(model, "stock_schedule", None)
+        return found
+
+    def inherited(self, lays_grid: bool) -> dict[str, Any]:
+        """What a pipeline's configuration says that this one does not: it determines the rows too.
+
+        Args:
+            lays_grid: whether the scheduler lays its own grid; else nothing is inherited that moves given times.
+        """
+        if (stock := self.__dict__.get("_stock")) is None:
+            return {}
+        known = set(inspect.signature(self.cls.__init__).parameters) - _SCHEDULE - set(self.config)
+        return {k: v for k, v in stock.config.items() if k in known and (lays_grid or k not in _GRID)}
+
     def build(self, process: Any, steps: int | tuple[float, ...]) -> Any:
         """The scheduler with its grid set.
 
@@ -81,10 +107,12 @@ class DiffusersScheduler:
         if "Inverse" in self.scheduler:
             raise ValueError(f"{self.scheduler} runs from data to noise. Choose the class without Inverse.")
         accepted = set(inspect.signature(self.cls.__init__).parameters)
+        inherited = self.inherited(isinstance(steps, int))
         base: dict[str, Any] = {}
         if isinstance(process, VP):
             base = {"beta_schedule": process.schedule, "num_train_timesteps": process.num_train_steps}
-            base |= {"beta_start": process.beta_start, "beta_end": process.beta_end, "prediction_type": "epsilon"}
+            base |= {"beta_start": process.beta_start, "beta_end": process.beta_end}
+            base |= {"prediction_type": inherited.get("prediction_type", "epsilon")}
             if "beta_schedule" not in accepted:
                 raise ValueError(
                     f"{self.scheduler} has no beta schedule, so it does not fit a variance-preserving model."
@@ -105,7 +133,7 @@ class DiffusersScheduler:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                scheduler = self.cls(**(base | dict(self.config)))
+                scheduler = self.cls(**(inherited | base | dict(self.config)))
                 self._set_grid(scheduler, process, steps)
         except Exception as error:  # whatever a stock class raises on a configuration that it cannot use
             if isinstance(error, ValueError) and str(error).startswith(self.scheduler):
@@ -114,10 +142,13 @@ class DiffusersScheduler:
         return scheduler
 
     def _set_grid(self, scheduler: Any, process: Any, steps: int | tuple[float, ...]) -> None:
-        if isinstance(steps, int):
-            scheduler.set_timesteps(steps)
-            return
         accepted = inspect.signature(scheduler.set_timesteps).parameters
+        if isinstance(steps, int):
+            stock = self.__dict__.get("_stock")
+            options = {} if stock is None else stock.options(dict(scheduler.config), steps)
+            options = {name: value for name, value in options.items() if name in accepted}
+            scheduler.set_timesteps(**(options if "sigmas" in options else {"num_inference_steps": steps} | options))
+            return
         nodes = steps[:-1]
         if "timesteps" in accepted and not isinstance(process, EDM):
             entries = [process.model_time(t) for t in nodes]
@@ -161,7 +192,7 @@ class DiffusersScheduler:
 
     def nfe(self, num_steps: int) -> int:
         """The number of entries in the scheduler's list of timesteps."""
-        return _count(self.scheduler, _text(self.config), num_steps)
+        return _count(self.scheduler, _text(self.inherited(lays_grid=False) | self.config), num_steps)
 
     def step_nfe(self, num_steps: int, to_data: bool) -> list[int]:
         """Entries of the list that each step takes."""

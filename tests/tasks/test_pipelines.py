@@ -69,7 +69,8 @@ PNDM = {"name": "diffusers", "scheduler": "PNDMScheduler", "config": {"skip_prk_
 PNDM["config"]["set_alpha_to_one"] = False
 EULER = {"name": "diffusers", "scheduler": "EulerDiscreteScheduler"}
 EULER["config"] = {"steps_offset": 1, "timestep_spacing": "leading"}
-DDIM = {"name": "diffusers", "scheduler": "DDIMScheduler", "config": {"clip_sample": False}}
+DDIM = {"name": "diffusers", "scheduler": "DDIMScheduler"}
+DDIM["config"] = {"clip_sample": False, "steps_offset": 0, "set_alpha_to_one": True}  # as diffusers_ddim()
 PRESETS = Path(__file__).resolve().parents[2] / "configs" / "preset"
 FLOW = {"name": "diffusers", "scheduler": "FlowMatchEulerDiscreteScheduler"}
 
@@ -77,8 +78,7 @@ FLOW = {"name": "diffusers", "scheduler": "FlowMatchEulerDiscreteScheduler"}
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_stable_diffusion_equals_the_stock_pipeline(saved, prompt_file, prediction):
     stock, folder = saved("stable_diffusion", prediction=prediction)
-    solver = PNDM | {"config": PNDM["config"] | {"prediction_type": prediction}}  # it keeps what the network predicts
-    made = recipe(folder, prompt_file, solver=solver)
+    made = recipe(folder, prompt_file, solver={"name": "diffusers", "scheduler": "PNDMScheduler"})
     found = stock(
         tiny.PROMPTS, latents=noise_of(made), num_inference_steps=STEPS, guidance_scale=SCALE, output_type="pt"
     )
@@ -87,7 +87,7 @@ def test_stable_diffusion_equals_the_stock_pipeline(saved, prompt_file, predicti
 
 def test_sdxl_equals_the_stock_pipeline(saved, prompt_file):
     stock, folder = saved("sdxl")
-    made = recipe(folder, prompt_file, solver=EULER)
+    made = recipe(folder, prompt_file, solver={"name": "diffusers", "scheduler": "EulerDiscreteScheduler"})
     found = stock(
         tiny.PROMPTS, latents=noise_of(made), num_inference_steps=STEPS, guidance_scale=SCALE, output_type="pt"
     )
@@ -97,7 +97,7 @@ def test_sdxl_equals_the_stock_pipeline(saved, prompt_file):
 @pytest.mark.parametrize("with_t5", [True, False])
 def test_sd3_equals_the_stock_pipeline(saved, prompt_file, with_t5):
     stock, folder = saved("sd3", with_t5=with_t5)
-    made = recipe(folder, prompt_file, solver=FLOW | {"config": {"shift": 3.0}})
+    made = recipe(folder, prompt_file, solver=FLOW)
     found = stock(
         tiny.PROMPTS, latents=noise_of(made), num_inference_steps=STEPS, guidance_scale=SCALE, output_type="pt"
     )
@@ -109,11 +109,11 @@ def test_flux_equals_the_stock_pipeline(saved, prompt_file, guidance_embeds):
     from tasks.pipelines.families.flux import pack
 
     stock, folder = saved("flux", guidance_embeds=guidance_embeds)
-    shift = math.exp(0.5 + (1.15 - 0.5) * (16 - 256) / (4096 - 256))  # of 16 tokens
-    made = recipe(
-        folder, prompt_file, guidance=None, solver=FLOW, model={"height": 16, "width": 16},
-        times={"name": "shifted", "num_steps": STEPS, "shift": shift},
-    )  # fmt: skip
+    made = recipe(folder, prompt_file, guidance=None, solver=FLOW, model={"height": 16, "width": 16})
+    # Of 16 tokens: the same grid as one of ours.
+    shift = math.exp(0.5 + (1.15 - 0.5) * (16 - 256) / (4096 - 256))
+    ours = made.override({"times": {"name": "shifted", "num_steps": STEPS, "shift": shift}})
+    np.testing.assert_allclose(made.grid[0], ours.grid[0], atol=1e-6)
     found = stock(
         tiny.PROMPTS, latents=pack(noise_of(made)), num_inference_steps=STEPS, height=16, width=16, output_type="pt"
     )
@@ -149,7 +149,7 @@ def test_dit_equals_the_stock_pipeline(saved, monkeypatch):
     from diffusers.pipelines.dit import pipeline_dit
 
     stock, folder = saved("dit")
-    made = recipe(folder, solver={"name": "diffusers", "scheduler": "DDIMScheduler", "config": {"clip_sample": False}})
+    made = recipe(folder)
     monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda *_, **__: noise_of(made))
     found = stock(list(range(ROWS)), guidance_scale=SCALE, num_inference_steps=STEPS, output_type="pt")
     assert_equal_images(images(made), found.images)

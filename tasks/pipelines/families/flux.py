@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.pipelines.family import Encoded, Family, Setting
+from tasks.pipelines.family import Encoded, Family, Setting, resolution_shift
 
 
 class Flux(Family):
@@ -31,6 +32,10 @@ class Flux(Family):
     def default_size(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """1024 pixels a side, as the stock pipeline has it."""
         return (128, 128)
+
+    def grid_options(self, scheduler: Mapping[str, Any], shape: tuple[int, ...], num_steps: int) -> dict[str, Any]:
+        """Equal steps from 1 to 1/N, shifted by the image's size."""
+        return {"sigmas": np.linspace(1.0, 1.0 / num_steps, num_steps)} | resolution_shift(scheduler, shape)
 
     def encode(self, pipe: Any, text: str | None, setting: Setting, device: str) -> Encoded:
         """T5's states, (1, max_tokens, D), and CLIP's pooled text, (1, P)."""

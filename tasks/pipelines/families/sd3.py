@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.pipelines.family import Encoded, Family, Setting
+from tasks.pipelines.family import Encoded, Family, Setting, resolution_shift
 
 
 class StableDiffusion3(Family):
@@ -22,6 +22,10 @@ class StableDiffusion3(Family):
     text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     optional = ("text_encoder_3", "tokenizer_3")
     multiple = 2
+
+    def grid_options(self, scheduler: Mapping[str, Any], shape: tuple[int, ...], num_steps: int) -> dict[str, Any]:
+        """Shifted by the image's size where the scheduler does that."""
+        return dict(resolution_shift(scheduler, shape))
 
     def encode(self, pipe: Any, text: str | None, setting: Setting, device: str) -> Encoded:
         """All encoders' states in a row, (1, 77 + max_tokens, D), and the pooled text, (1, P)."""
