@@ -83,13 +83,13 @@ class Recipe:
     @cached_property
     def parts(self) -> Parts:
         """The plug-in objects, without weights."""
-        model, solver = registry.models.build(self.model), registry.solvers.build(self.solver)
+        model = registry.models.build(self.model)
         return Parts(
             model,
-            solver.beside(model) if hasattr(solver, "beside") else solver,
+            _beside(registry.solvers.build(self.solver), model),
             registry.times.build(self.times),
             registry.initials.build(self.initial),
-            registry.guidance.build(self.guidance),
+            _beside(registry.guidance.build(self.guidance), model),
             registry.strategies.build(self.strategy),
             None if self.reward is None else reading(registry.rewards.build(self.reward), _texts(model)),
         )
@@ -199,6 +199,8 @@ class Recipe:
         found, solver = self.parts.strategy.account(self.evaluations), self.parts.solver
         if getattr(self.parts.guidance, "differentiates", False):
             found = replace(found, gradients=max(found.gradients, found.nfe))
+        if getattr(self.parts.guidance, "decodes", False):
+            found = replace(found, decodes=found.decodes + found.nfe // self.parts.guidance.evaluations)
         saves = getattr(solver, "saves", False)
         saves = saves or any(getattr(hook, "saves", False) for hook in getattr(solver, "hook_objects", ()))
         return replace(found, exact=False) if saves or getattr(solver, "adaptive", False) else found
@@ -299,6 +301,11 @@ def scorer_identity(spec: Spec | None) -> Any:
     model's prompts are no part of it: what is scored has a key that holds them.
     """
     return None if spec is None else {"spec": _said(spec), "revision": registry.scorer(spec).revision}
+
+
+def _beside(plugin: Any, model: Any) -> Any:
+    """A plug-in that knows the model it works on, where it asks for that."""
+    return plugin.beside(model) if hasattr(plugin, "beside") else plugin
 
 
 def _said(spec: Spec) -> Spec:

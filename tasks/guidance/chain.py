@@ -63,6 +63,17 @@ class Chain:
         """Their specs, innermost first."""
         return tuple(sorted(self.parts, key=lambda spec: not _edits(guidance.get(spec["name"]))))
 
+    def beside(self, model: Any) -> Chain:
+        """Itself with parts that know the model."""
+        found = copy.copy(self)
+        found.__dict__["plugins"] = tuple(p.beside(model) if hasattr(p, "beside") else p for p in self.plugins)
+        return found
+
+    @property
+    def decodes(self) -> bool:
+        """Whether one of them looks at decoded predictions."""
+        return any(getattr(plugin, "decodes", False) for plugin in self.plugins)
+
     @property
     def saves(self) -> bool:
         """Whether one of them spares evaluations or parts of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tasks.processes import expand
+from tasks.prompted import reading
 from tasks.registry import Spec, guidance, rewards
-from tasks.types import Model
+from tasks.types import Model, sample_shape
 
 
 @guidance.register("reward_gradient")
@@ -23,7 +25,8 @@ class RewardGradient:
     the expectation is replaced by the reward of the mean. That is exact for a linear reward of Gaussian data with
     shared covariance and biased elsewhere: for a quadratic reward of width q it overestimates the gradient by
     ``1 + scale v / q`` where v is the posterior variance, so the pull is too strong early on. Where alpha is 0 nothing
-    is guided. The reward sees the clean prediction itself, before it is clamped by decoding.
+    is guided. The reward sees the clean prediction itself, before it is clamped by decoding; of latents it sees the
+    decoded picture, and the gradient goes back through the decoder. Rewards that read prompts are given the row's.
 
     Args:
         scale: strength; 0 leaves the gradient out and is the model itself.
@@ -31,7 +34,8 @@ class RewardGradient:
 
     Reference: Chung et al. 2023, "Diffusion Posterior Sampling", eq. 11 (reward of the mean); Bansal et al. 2023,
         "Universal Guidance for Diffusion Models", eq. 6.
-    Cost: no further evaluations, but a backward pass through each, and a call of the reward a step.
+    Cost: no further evaluations, but a backward pass through each, and a call of the reward a step; of latents a call
+        of the decoder too.
     Identities: with scale=0 the model itself; exact on a Gaussian with a linear reward.
     """
 
@@ -39,6 +43,7 @@ class RewardGradient:
     reward: dict[str, Any] = field(default_factory=lambda: {"name": "ink"})
 
     evaluations = 1
+    decodes = False  # whether the model's states are decoded before the reward sees them
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reward", rewards.complete(self.reward))
@@ -47,6 +52,14 @@ class RewardGradient:
     def scorer(self) -> Any:
         """The reward."""
         return rewards.build(self.reward)
+
+    def beside(self, model: Any) -> RewardGradient:
+        """Itself with a reward that knows the model's prompts."""
+        found = copy.copy(self)
+        texts = model.prompt_table.texts if hasattr(model, "prompt_table") else ()
+        found.__dict__["scorer"] = reading(self.scorer, texts)
+        found.__dict__["decodes"] = bool(self.scale) and sample_shape(model) != tuple(model.shape)
+        return found
 
     @property
     def needs_labels(self) -> bool:
@@ -81,7 +94,7 @@ class RewardGradient:
             raise ValueError(f"reward {name} makes no sense of unfinished samples. Use another one.")
         if recipe.parts.model.noising.kind != "gaussian":
             raise ValueError(f"guidance reward_gradient needs a Gaussian model, but {recipe.model['name']} is not.")
-        self.scorer.check(recipe.parts.model.shape)
+        self.scorer.check(sample_shape(recipe.parts.model))
 
     def wrap(self, model: Model) -> Model:
         """The guided model."""
@@ -103,7 +116,8 @@ class _Guided:
         with torch.enable_grad():
             seen = x if outer else x.detach().requires_grad_()
             found = self._model.denoise(seen, t, cond)
-            value = self._spec.scorer(found, cond).sum()
+            seen_by_reward = self._model.decode(found, cond) if self._spec.decodes else found
+            value = self._spec.scorer(seen_by_reward, cond).sum()
             (gradient,) = torch.autograd.grad(value, seen, create_graph=outer, retain_graph=outer)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         weight = torch.as_tensor(self._spec.scale * sigma**2 / alpha if not _zero(alpha) else 0.0)

@@ -187,3 +187,49 @@ def test_the_skeleton_has_no_numbers_and_every_layer(recipe_of):
         mine, real = made.parts.model.skeleton, made.parts.model.load("cpu").network
         assert all(p.device == torch.device("meta") for p in mine.parameters())
         assert [n for n, _ in mine.named_modules()] == [n for n, _ in real.named_modules()]
+
+
+# --- gradients of rewards through the decoder ------------------------------------------------------------------------
+
+
+def test_the_gradient_of_a_reward_goes_through_the_decoder_and_the_network(recipe_of):
+    made = recipe_of("stable_diffusion", {"name": "reward_gradient", "scale": 1.0, "reward": {"name": "ink"}})
+    model, guidance = made.parts.model.load("cpu"), made.parts.guidance
+    x, cond, t = noise_of(made), torch.arange(ROWS), 0.5
+    towards = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+    def reward(at):
+        with torch.no_grad():
+            return guidance.scorer(model.decode(model.denoise(at, t, cond)), cond).double()
+
+    moved = guidance.wrap(model).denoise(x, t, cond) - model.denoise(x, t, cond)
+    gradient = moved * model.process.alpha(t) / model.process.sigma(t) ** 2
+    step = 0.02
+    slope = (reward(x + step * towards) - reward(x - step * towards)) / (2 * step)
+    torch.testing.assert_close((gradient * towards).flatten(1).sum(1).double(), slope, rtol=0.03, atol=1e-4)
+    assert slope.abs().max() > 1e-3
+
+
+def test_a_reward_that_reads_prompts_guides_every_row_by_its_own(recipe_of):
+    from tests.tasks import tiny_weights
+
+    reward = {"name": "pick_score", "path": str(tiny_weights.clip())}
+    made = recipe_of("stable_diffusion", {"name": "reward_gradient", "scale": 50.0, "reward": reward})
+    found = generate(made, 0, ROWS)
+    assert (found["decodes"] == STEPS).all() and made.account.decodes == STEPS
+    plain = generate(recipe_of("stable_diffusion"), 0, ROWS)
+    assert far(plain["x0"], found["x0"]) > 1e-3 and (plain["decodes"] == 0).all()
+    scorer = made.scorer(reward)
+    labels = torch.from_numpy(found["label"])
+    before, after = (scorer(torch.from_numpy(rows["x0"]), labels).mean() for rows in (plain, found))
+    assert after > before
+    parts = [{"name": "cfg"}, {"name": "reward_gradient", "reward": reward}]
+    beside = recipe_of("stable_diffusion", {"name": "chain", "parts": parts})
+    assert beside.account.decodes == STEPS and (generate(beside, 0, ROWS)["decodes"] == STEPS).all()
+
+
+def test_a_reward_of_pictures_is_asked_for_the_shape_that_is_decoded(recipe_of):
+    from tests.tasks import tiny_weights
+
+    aesthetic = {"name": "aesthetic", "path": str(tiny_weights.aesthetic())}
+    assert recipe_of("stable_diffusion", {"name": "reward_gradient", "reward": aesthetic}).account.decodes == STEPS
