@@ -11,6 +11,15 @@ from tasks import registry
 from tasks.recipe import Recipe
 from tasks.registry import Spec
 
+# What is counted of a shard: of its rows, which of these a trial's own rows have, and of its scores.
+OF_ROWS = ("nfe", "nfe_reused", "reward_calls", "decodes", "generate_s", "reward_s", "reward_reused")
+COUNTED = ("rows", *OF_ROWS, "score_s", "scored")
+
+
+def nothing() -> dict[str, float]:
+    """The cost of a shard before anything was done."""
+    return {name: 0.0 if name.endswith("_s") else 0 for name in COUNTED}
+
 
 @dataclass
 class Ledger:
@@ -22,20 +31,7 @@ class Ledger:
     """
 
     price_per_device_hour: float = 0.0
-    spent: dict[str, float] = field(
-        default_factory=lambda: {
-            "rows": 0,
-            "nfe": 0,
-            "nfe_reused": 0,
-            "reward_calls": 0,
-            "decodes": 0,
-            "generate_s": 0.0,
-            "score_s": 0.0,
-            "scored": 0,
-            "reward_s": 0.0,
-            "reward_reused": 0,
-        }
-    )
+    spent: dict[str, float] = field(default_factory=nothing)
 
     def add(self, cost: Mapping[str, Any]) -> None:
         """One shard's cost."""
@@ -61,17 +57,16 @@ class Ledger:
         for spec in scorers:
             other = recipe.companion(spec) if getattr(registry.scorer(spec), "compares_seconds", False) else None
             if other is not None:
-                spent, whole = (self.cost_of(r, start, stop, store)["generate_s"] for r in (recipe, other))
+                spent, whole = (self.cost_of(r, [], start, stop, store)["generate_s"] for r in (recipe, other))
                 return {"speedup": whole / spent} if spent and whole else {}
         return {}
 
-    def cost_of(self, recipe: Recipe, start: int, stop: int, store: Store) -> dict[str, float]:
-        """What the rows [start, stop) cost whoever made them, from their commit records, in proportion."""
-        total = dict.fromkeys(
-            ("nfe", "nfe_reused", "reward_calls", "decodes", "generate_s", "reward_s", "reward_reused"), 0.0
-        )
-        for record in store.committed("rows", recipe.key):
-            share = max(0, min(stop, record.stop) - max(start, record.start)) / record.rows
-            for name in total:
-                total[name] += share * record.ledger.get(name, 0.0)
-        return total | {"money": total["generate_s"] / 3600 * self.price_per_device_hour}
+    def cost_of(self, recipe: Recipe, scorers: list[Spec], start: int, stop: int, store: Store) -> dict[str, float]:
+        """What the rows [start, stop) and their scores cost whoever made them, from their records, in proportion."""
+        total = dict.fromkeys((*OF_ROWS, "score_s"), 0.0)
+        tables = [("rows", recipe.key), *(("columns", recipe.column_key(spec)) for spec in scorers)]
+        for kind, key in tables:
+            for record, low, high in store.used(kind, key, start, stop):
+                for name in total:
+                    total[name] += (high - low) / record.rows * record.ledger.get(name, 0.0)
+        return total | {"money": (total["generate_s"] + total["score_s"]) / 3600 * self.price_per_device_hour}

@@ -314,9 +314,8 @@ class _Loop:
             return self.plan(trial)
         self._lose(trial)
         more = None
-        span = (trial.first_index, trial.stop, self.store)
-        trial.cost = self.ledger.cost_of(trial.recipe, *span)
-        trial.cost |= self.ledger.speedup(trial.recipe, scorers(self.study.metrics), *span)
+        needed = (trial.recipe, scorers(self.study.metrics), trial.first_index, trial.stop, self.store)
+        trial.cost = self.ledger.cost_of(*needed) | self.ledger.speedup(*needed)
         if not trial.reason:
             try:
                 more = self._measure(trial)

@@ -195,17 +195,22 @@ class Store:
             KeyError: a part of the range is not committed.
         """
         position = start
-        for record in self.committed(kind, key):
-            if record.stop <= position or record.start >= stop:
-                continue
-            if record.start > position:
+        for record, low, high in self.used(kind, key, start, stop):
+            if low > position:
                 break
-            table = self._load(kind, key, record, columns)
-            until = min(record.stop, stop)
-            yield table.slice(position - record.start, until - position)
-            position = until
+            yield self._load(kind, key, record, columns).slice(low - record.start, high - low)
+            position = high
         if position < stop:
             raise KeyError(f"{kind} {key}: rows from {position} are not in the store")
+
+    def used(self, kind: str, key: str, start: int, stop: int) -> Iterator[tuple[Record, int, int]]:
+        """The committed ranges that [start, stop) is read from, and the rows of each; what two ranges share comes once."""
+        position = start
+        for record in self.committed(kind, key):
+            low, high = max(record.start, position), min(record.stop, stop)
+            if low < high:
+                yield record, low, high
+                position = high
 
     def _load(self, kind: str, key: str, record: Record, columns: Sequence[str] | None) -> pa.Table:
         folder = self.folder(kind, key)

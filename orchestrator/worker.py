@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator import rows, telemetry
+from orchestrator.ledger import nothing
 from orchestrator.plan import ARTIFACTS, Shard
 from orchestrator.states import StateCache
 from orchestrator.store import CorruptShard, Store
@@ -62,14 +63,6 @@ SERVED: list[Callable[[Spec, tuple[str, ...]], Any]] = []
 SERVED_METRICS: list[Callable[[Spec, tuple[str, ...]], Any]] = []
 
 
-def _nothing() -> dict[str, float]:
-    """The cost of a shard before anything was done."""
-    return {
-        "rows": 0, "nfe": 0, "nfe_reused": 0, "reward_calls": 0, "decodes": 0, "generate_s": 0.0, "score_s": 0.0,
-        "scored": 0, "reward_s": 0.0, "reward_reused": 0,
-    }  # fmt: skip
-
-
 def _recipe(shard: Shard) -> Recipe:
     """The shard's recipe.
 
@@ -96,7 +89,7 @@ def _trace(shard: Shard) -> None:
 def generate(shard: Shard) -> Made:
     """Stage 1, on the accelerator: the shard's columns, and what they cost. Reads them if they are there already."""
     store, recipe = _store(shard.root), _recipe(shard)
-    cost, entered = _nothing(), time.perf_counter()
+    cost, entered = nothing(), time.perf_counter()
     if shard.rows:
         with _DEVICE:
             began = time.perf_counter()
@@ -150,7 +143,7 @@ def artifacts(recipe: Recipe, store: Store) -> dict[str, Any]:
 def calibrate(shard: Shard) -> dict[str, Any]:
     """Make the artifacts that a recipe needs and the store lacks; each is kept with its origin and its cost."""
     store, recipe = _store(shard.root), _recipe(shard)
-    cost = _nothing()
+    cost = nothing()
     parts = recipe.parts
     for needed in recipe.calibrations:
         is_file = needed.key.startswith("file:")

@@ -24,14 +24,15 @@ def section(view: StudyView) -> list[Section]:
 def _totals(view: StudyView) -> Table:
     table, summary = view.table, view.state.get("summary") or {}
     distinct = list(_distinct(table).values())
-    seconds = _sum(distinct, "generate_s")
+    seconds = _sum(distinct, "generate_s") + _sum(distinct, "score_s")
     rows: list[list[Any]] = [
         ["trials", f"{len(table):,} ({len(distinct):,} different)"],
         ["network evaluations", _sum(distinct, "nfe")],
         ["reward calls inside strategies", _sum(distinct, "reward_calls")],
         ["of these answered from memory", _sum(distinct, "reward_reused")],
         ["seconds of scoring inside strategies", _sum(distinct, "reward_s")],
-        ["device-seconds of generation", seconds],
+        ["device-seconds of generation", _sum(distinct, "generate_s")],
+        ["device-seconds of scoring", _sum(distinct, "score_s")],
     ]
     if summary.get("wall_s") is not None:
         rows.append(["wall time of the last launch, s", float(summary["wall_s"])])
@@ -51,7 +52,9 @@ def _by_part(view: StudyView) -> Table | None:
     for name in names:
         inside = list(_distinct([row for row in view.table if (row.data["part"] or "trials") == name]).values())
         samples = sum(row.data["num_samples"] for row in inside)
-        rows.append([name, len(inside), samples, int(_sum(inside, "nfe")), _sum(inside, "generate_s")])
+        rows.append(
+            [name, len(inside), samples, int(_sum(inside, "nfe")), _sum(inside, "generate_s") + _sum(inside, "score_s")]
+        )
     head = ["part", "different trials", "samples", "network evaluations", "device-seconds"]
     return Table("cost_by_part", "Cost of its parts; what two of them share counts in both", head, rows)
 

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from orchestrator import rows
+from orchestrator.ledger import Ledger
 from orchestrator.ports import Proposal, SearchContext
 from orchestrator.registries import searches
 from orchestrator.store import Store
@@ -277,6 +279,22 @@ def test_the_cost_of_a_trial_is_what_its_rows_cost_whoever_made_them(make_study:
     again = scripted(make_study(num_samples=24), Scripted({})).trials[0]
     assert again.cost["nfe"] == pytest.approx(24 * 4)
     assert again.cost["generate_s"] > 0
+
+
+def test_rows_that_two_commits_hold_count_once_and_scores_cost_too(gmm: Recipe, tmp_path: Path) -> None:
+    store, spec = Store(str(tmp_path)), {"name": "identity"}
+    key = gmm.column_key(spec)
+    table = pa.table({"sample_id": np.arange(16)})
+    for start, stop in ((0, 8), (0, 16), (4, 12)):
+        ledger = {"nfe": 10.0 * (stop - start), "generate_s": 1.0 * (stop - start)}
+        store.put("rows", gmm.key, start, stop, table.slice(start, stop - start), ledger, {})
+    store.put("columns", key, 0, 16, table, {"score_s": 144.0}, {})
+    assert [(low, high) for _, low, high in store.used("rows", gmm.key, 2, 14)] == [(2, 14)]
+    whole = Ledger(price_per_device_hour=3600.0).cost_of(gmm, [spec], 0, 16, store)
+    assert (whole["nfe"], whole["generate_s"], whole["score_s"], whole["money"]) == (160.0, 16.0, 144.0, 160.0)
+    half = Ledger().cost_of(gmm, [spec], 8, 16, store)
+    assert (half["nfe"], half["score_s"]) == (80.0, 72.0)
+    assert Ledger().cost_of(gmm, [], 0, 16, store)["score_s"] == 0.0
 
 
 # --- searches --------------------------------------------------------------------------------------------------------
