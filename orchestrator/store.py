@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 from orchestrator.files import Patient, is_remote, join, open_files
 
 FORMAT = 1
+TABLES = ("rows", "columns")  # kinds that keep ranges of rows, in a folder for each key
+SMALL = ("values", "recipes", "references", "artifacts", "texts")  # kinds that keep a file for each key
 
 
 class CorruptShard(Exception):
@@ -204,7 +206,7 @@ class Store:
             raise KeyError(f"{kind} {key}: rows from {position} are not in the store")
 
     def used(self, kind: str, key: str, start: int, stop: int) -> Iterator[tuple[Record, int, int]]:
-        """The committed ranges that [start, stop) is read from, and the rows of each; what two ranges share comes once."""
+        """The committed ranges that [start, stop) is read from, and the rows of each; what two share comes once."""
         position = start
         for record in self.committed(kind, key):
             low, high = max(record.start, position), min(record.stop, stop)
@@ -233,32 +235,52 @@ class Store:
         self.files.delete(f"{folder}/{record.file}")
 
     def verify(self, withdraw: bool = False) -> tuple[dict[str, int], list[str]]:
-        """Read every committed byte.
+        """Read every byte that is kept, apart from states: these are a cache, and looked at when they are used.
 
         Args:
-            withdraw: forget damaged ranges, so that the next run makes them again.
+            withdraw: forget what is damaged, so that the next run makes it again.
 
         Returns:
             counts of files and bytes read, and one line for everything that is wrong.
         """
-        counts, wrong = {"files": 0, "bytes": 0}, []
-        for kind in ("rows", "columns"):
+        counts: dict[str, int] = {"files": 0, "bytes": 0}
+        wrong: list[str] = []
+        for kind, key in self._keys(*TABLES):
+            wrong += self._verify_key(kind, key, counts, withdraw)
+        for folder in self._small_folders():
+            kind = folder.split("/")[0]
+            for name, size in list(self.files.entries(folder)):
+                key, _, ending = name.partition(".")
+                counts["files"] += 1
+                counts["bytes"] += size
+                get = self.get_json if ending == "json" else self.get_arrays
+                if not name.startswith(".tmp-") and get(kind, key) is None:
+                    wrong.append(f"{folder}/{name}: damaged")
+                    if withdraw:
+                        self.files.delete(f"{folder}/{name}")
+        for _, key in self._keys("quarantine"):
+            folder = self.folder("quarantine", key)
+            for name, size in list(self.files.entries(folder)):
+                counts["files"] += 1
+                counts["bytes"] += size
+                if not name.startswith(".tmp-") and self._set_aside(f"{folder}/{name}") is None:
+                    wrong.append(f"{folder}/{name}: damaged; its row will be tried again")
+                    if withdraw:
+                        self.files.delete(f"{folder}/{name}")
+        return counts, wrong
+
+    def _keys(self, *kinds: str) -> Iterator[tuple[str, str]]:
+        """Every key of some kinds that keep a folder a key."""
+        for kind in kinds:
             for prefix in self.files.folders(kind):
                 for key in self.files.folders(f"{kind}/{prefix}"):
-                    for line in self._verify_key(kind, key, counts, withdraw):
-                        wrong.append(line)
-        for kind in ("values", "recipes", "references"):
+                    yield kind, key
+
+    def _small_folders(self) -> Iterator[str]:
+        """The folders of all kinds that keep a file a key."""
+        for kind in SMALL:
             for prefix in self.files.folders(kind):
-                for name, size in list(self.files.entries(f"{kind}/{prefix}")):
-                    key, _, ending = name.partition(".")
-                    counts["files"] += 1
-                    counts["bytes"] += size
-                    get = self.get_json if ending == "json" else self.get_arrays
-                    if not name.startswith(".tmp-") and get(kind, key) is None:
-                        wrong.append(f"{kind}/{prefix}/{name}: damaged")
-                        if withdraw:
-                            self.files.delete(f"{kind}/{prefix}/{name}")
-        return counts, wrong
+                yield f"{kind}/{prefix}"
 
     def _verify_key(self, kind: str, key: str, counts: dict[str, int], withdraw: bool) -> Iterator[str]:
         folder = self.folder(kind, key)
@@ -298,28 +320,34 @@ class Store:
             release: also take rows out of quarantine.
         """
         gone = {"files": 0, "bytes": 0, "released": 0}
-        for kind in ("rows", "columns"):
-            for prefix in self.files.folders(kind):
-                for key in self.files.folders(f"{kind}/{prefix}"):
-                    folder = self.folder(kind, key)
-                    named = {record.file for record in self.committed(kind, key)}
-                    for name, size in list(self.files.entries(folder)):
-                        if name.endswith(".json") and not name.startswith(".tmp-") or name in named:
-                            continue
-                        try:
-                            if self.files.age_s(f"{folder}/{name}") < older_than_s:
-                                continue
-                        except FileNotFoundError:
-                            continue  # committed or removed meanwhile
-                        gone["files"] += 1
-                        gone["bytes"] += size
-                        if not dry_run:
-                            self.files.delete(f"{folder}/{name}")
+        for path, size in self._orphans():
+            try:
+                if self.files.age_s(path) < older_than_s:
+                    continue
+            except FileNotFoundError:
+                continue  # committed or removed meanwhile
+            gone["files"] += 1
+            gone["bytes"] += size
+            if not dry_run:
+                self.files.delete(path)
         if release:
-            for prefix in self.files.folders("quarantine"):
-                for key in self.files.folders(f"quarantine/{prefix}"):
-                    gone["released"] += len(self.quarantined(key)) if dry_run else self.release(key)
+            for _, key in self._keys("quarantine"):
+                gone["released"] += len(self.quarantined(key)) if dry_run else self.release(key)
         return gone
+
+    def _orphans(self) -> Iterator[tuple[str, int]]:
+        """Files that no commit record names, and what writers left that died, with their sizes."""
+        for kind, key in self._keys(*TABLES):
+            folder = self.folder(kind, key)
+            named = {record.file for record in self.committed(kind, key)}
+            for name, size in list(self.files.entries(folder)):
+                if name not in named and (name.startswith(".tmp-") or not name.endswith(".json")):
+                    yield f"{folder}/{name}", size
+        folders = (self.folder("quarantine", key) for _, key in self._keys("quarantine"))
+        for folder in (*self._small_folders(), *folders):
+            for name, size in list(self.files.entries(folder)):
+                if name.startswith(".tmp-"):
+                    yield f"{folder}/{name}", size
 
     # --- quarantine --------------------------------------------------------------------------------------------------
 
@@ -332,12 +360,21 @@ class Store:
         """Rows of a key that were set aside, with their reasons."""
         folder, found = self.folder("quarantine", key), {}
         for name, _ in self.files.entries(folder):
-            try:
-                entry = json.loads(self.files.read(f"{folder}/{name}"))
-                found[int(entry["index"])] = str(entry["reason"])
-            except (ValueError, KeyError, TypeError):
+            if name.startswith(".tmp-"):
+                continue
+            if (entry := self._set_aside(f"{folder}/{name}")) is None:
                 self.files.delete(f"{folder}/{name}")
+            else:
+                found[entry[0]] = entry[1]
         return dict(sorted(found.items()))
+
+    def _set_aside(self, path: str) -> tuple[int, str] | None:
+        """Index and reason of a row in quarantine; None where the entry is damaged."""
+        try:
+            entry = json.loads(self.files.read(path))
+            return int(entry["index"]), str(entry["reason"])
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def release(self, key: str) -> int:
         """Take all rows of a key out of quarantine; how many there were."""

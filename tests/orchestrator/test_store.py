@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from orchestrator.files import LocalFiles
 from orchestrator.plan import covered, missing
-from orchestrator.store import FORMAT, CorruptShard, Record, Store
+from orchestrator.store import FORMAT, SMALL, TABLES, CorruptShard, Record, Store
 
 KEY = "ab" * 16
 
@@ -322,7 +322,10 @@ def test_verify_of_a_whole_store_counts_every_file_and_finds_nothing(store: Stor
     put(store, 0, 8, kind="columns")
     store.put_json("values", KEY, 1)
     store.put_json("recipes", KEY, 2)
-    store.put_arrays("references", KEY, {"a": np.zeros(1)})
+    for kind in ("references", "artifacts", "texts"):
+        store.put_arrays(kind, KEY, {"a": np.zeros(1)})
+    store.put_json("artifacts", KEY, 3)
+    store.quarantine(KEY, 3, "it killed its worker")
     counts, wrong = store.verify()
     files = [path for path in store.files.root.rglob("*") if path.is_file() and path.name != "FORMAT.json"]
     assert (counts["files"], wrong) == (len(files), [])
@@ -342,9 +345,35 @@ def test_verify_reports_damage_once_and_withdrawing_repairs_it(store: Store, nam
     assert put(store, 0, 8) and ids(store, 0, 8) == list(range(8))
 
 
-@pytest.mark.parametrize("kind", ["values", "recipes", "references"])
+def test_verify_reports_a_damaged_entry_of_the_quarantine(store: Store) -> None:
+    store.quarantine(KEY, 3, "it killed its worker")
+    (path,) = (store.files.root / "quarantine").rglob("*.json")
+    path.write_bytes(path.read_bytes()[:-5])
+    (line,) = store.verify()[1]
+    assert line.startswith("quarantine/") and "its row will be tried again" in line and path.exists()
+    assert len(store.verify(withdraw=True)[1]) == 1 and not path.exists()
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", *SMALL, "quarantine"])
+def test_what_writers_left_that_died_is_garbage(store: Store, kind: str) -> None:
+    if kind == "quarantine":
+        store.quarantine(KEY, 3, "it killed its worker")
+    elif kind in TABLES:
+        put(store, 0, 8, kind=kind)
+    else:
+        store.put_json(kind, KEY, 1)
+    (path, *_) = (p for p in (store.files.root / kind).rglob("*") if p.is_file() and KEY in str(p))
+    kept = {p for p in store.files.root.rglob("*") if p.is_file()}
+    left = path.with_name(".tmp-0123")
+    left.write_bytes(b"half")
+    assert store.collect_garbage(3600.0, False)["files"] == 0 and left.exists()
+    assert store.collect_garbage(0.0, False) == {"files": 1, "bytes": 4, "released": 0}
+    assert {p for p in store.files.root.rglob("*") if p.is_file()} == kept
+
+
+@pytest.mark.parametrize("kind", SMALL)
 def test_verify_reports_a_damaged_small_file_and_withdrawing_removes_it(store: Store, kind: str) -> None:
-    if kind == "references":
+    if kind in ("references", "artifacts", "texts"):
         store.put_arrays(kind, KEY, {"a": np.zeros(4)})
     else:
         store.put_json(kind, KEY, {"a": 1})
