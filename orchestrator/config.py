@@ -233,6 +233,8 @@ def study(data: dict[str, Any]) -> Study:
     fields: dict[str, Any] = {key: data.get(key) for key in (*PLUGINS, *PLAIN)}
     recipe = Recipe(**fields).completed()
     if data.get("prompts") is not None:
+        if (own := recipe.model.get("prompts")) not in (None, data["prompts"]):
+            raise ValueError(f"prompts={data['prompts']} and model.prompts={own} name two files. Leave one out.")
         recipe = recipe.override({"prompts": data["prompts"]})
     if data.get("schedule") is not None:
         recipe = recipe.override({"schedule": data["schedule"]})

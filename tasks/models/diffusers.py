@@ -113,9 +113,30 @@ class DiffusersPipeline(JudgedByPictures):
             for name in ("prompts", "negative_prompt", "max_tokens"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"model.{name} is given, but {self.path} takes labels, not text. Leave it out.")
-        if not self.folder.family.vae and (self.decode != "whole" or self.height or self.width):
-            raise ValueError(f"{self.path} works on pixels of one size: leave out model.decode, height and width.")
+        if not self.folder.family.vae and (self.decode != "whole" or self.decode_rows or self.height or self.width):
+            raise ValueError(
+                f"{self.path} works on pixels of one size: leave out model.decode, decode_rows, height and width."
+            )
+        self._check_used()
         _ = self.prompt_table
+
+    def _check_used(self) -> None:
+        """Refuse options that would change nothing but the key."""
+        family, network = self.folder.family, self.folder.network
+        what = self.folder.index["_class_name"]
+        idle = (
+            ("max_tokens", self.max_tokens is not None and not family.takes_tokens, "its texts have one length"),
+            (
+                "embedded_guidance",
+                self.embedded_guidance is not None and not family.embeds_guidance(network),
+                "its network takes no guidance scale as an input; use guidance=cfg",
+            ),
+            ("channels_last", self.channels_last and family.network != "unet", "its network is no UNet"),
+        )
+        for name, stands, why in idle:
+            if stands:
+                raise ValueError(f"model.{name} does nothing for this {what}: {why}. Leave it out.")
+        self.folder.check_fields(tuple(self.scheduler or ()))
 
     def _check_takes_adapters(self) -> None:
         import diffusers
@@ -132,6 +153,7 @@ class DiffusersPipeline(JudgedByPictures):
         for name, size in zip(("height", "width"), self._size, strict=True):
             if size < unit or size % unit:
                 raise ValueError(f"model.{name} must be a whole multiple of {unit} pixels, got {size}.")
+        self.folder.family.check_network(self.folder.network, *(side // self._factor for side in self._size))
 
     @cached_property
     def folder(self) -> PipelineFolder:
@@ -165,7 +187,8 @@ class DiffusersPipeline(JudgedByPictures):
     @property
     def _size(self) -> tuple[int, int]:
         height, width = self.folder.family.default_size(self.folder.network)
-        return (self.height or height * self._factor, self.width or width * self._factor)
+        given = (height * self._factor, width * self._factor)
+        return (given[0] if self.height is None else self.height, given[1] if self.width is None else self.width)
 
     @property
     def setting(self) -> Setting:
@@ -239,6 +262,8 @@ class DiffusersPipeline(JudgedByPictures):
             raise ValueError(f"model.offload={self.offload} moves weights off a cuda device. Set model.offload=none.")
         if recipe.device == "cpu" and self.dtype == "float16":
             raise ValueError("model.dtype=float16 needs device=cuda. Use float32 or bfloat16.")
+        if recipe.device == "cpu" and self.attention in ("efficient_attention", "cudnn_attention"):
+            raise ValueError(f"model.attention={self.attention} needs device=cuda. Use math or flash_attention.")
         check_whole(self.folder)
         self._check_surgery(recipe)
 

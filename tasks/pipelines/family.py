@@ -56,6 +56,7 @@ class Family:
         vae: whether states are latents of a decoder.
         optional: components that may be saved as null.
         multiple: image sides must be whole multiples of the decoder's factor times this.
+        takes_tokens: whether the length of a text's sequence can be chosen.
     """
 
     pipelines: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class Family:
     vae = True
     optional: tuple[str, ...] = ()
     multiple = 1
+    takes_tokens = False
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -81,6 +83,17 @@ class Family:
     def classes(self, config: Mapping[str, Any]) -> int:
         """Labels that the network knows, where conditions are labels."""
         return 0
+
+    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+        """Whether the network takes a guidance scale as an input."""
+        return False
+
+    def check_network(self, config: Mapping[str, Any], height: int, width: int) -> None:
+        """Refuse a network, or a size of its states, that could not be run.
+
+        Raises:
+            ValueError: says which, and what is allowed.
+        """
 
     def channels(self, config: Mapping[str, Any]) -> int:
         """Channels of a state."""

@@ -211,3 +211,15 @@ def test_rows_are_grouped_by_label_column_or_number_of_prompts() -> None:
 def test_groups_that_make_no_sense_are_refused(value: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"group_by .*{message}"):
         config.study(config.compose(["study=tiny", f"group_by={value}"]))
+
+
+def test_two_prompt_files_are_refused(solvus: Any, tmp_path: Path) -> None:
+    from tests.tasks import tiny_pipelines as tiny
+
+    tiny.stable_diffusion(tmp_path / "sd")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("x\n")
+    argv = ["model=diffusers", f"model.path={tmp_path / 'sd'}", f"prompts={tmp_path / 'a.txt'}", "metrics=[]"]
+    refused = solvus("plan", *argv, f"model.prompts={tmp_path / 'b.txt'}", f"root={tmp_path}")
+    assert refused.code == 2 and "name two files. Leave one out" in refused.err
+    assert solvus("plan", *argv, f"model.prompts={tmp_path / 'a.txt'}", f"root={tmp_path}").code == 0

@@ -884,3 +884,98 @@ def test_the_lcm_preset_has_the_stock_scheduler_s_steps():
         scheduler.set_timesteps(4)
         values = OmegaConf.load(PRESETS / f"{name}.yaml").times["values"]
         assert [round(1000 * t - 1) for t in values[:-1]] == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "why"),
+    [
+        ("stable_diffusion", {"max_tokens": 4}, "model.max_tokens does nothing for this StableDiffusionPipeline"),
+        ("stable_diffusion", {"embedded_guidance": 3.0}, "takes no guidance scale as an input; use guidance=cfg"),
+        ("stable_diffusion", {"height": 0}, "model.height must be a whole multiple of 2 pixels, got 0"),
+        ("stable_diffusion", {"scheduler": {"beta_strat": 0.1}}, "did you mean 'beta_start'"),
+        ("stable_diffusion", {"attention": "efficient_attention"}, "needs device=cuda. Use math or flash_attention"),
+        ("ddpm", {"embedded_guidance": 3.0}, "model.embedded_guidance does nothing"),
+        ("ddpm", {"decode_rows": 3}, "works on pixels of one size"),
+        ("dit", {"channels_last": True}, "its network is no UNet"),
+        ("dit", {"height": 24, "width": 16}, "latents of 12 x 8, but this transformer was made for 8 x 8"),
+        ("sd3", {"height": 128, "width": 128}, "knows positions for"),
+    ],
+)
+def test_options_that_do_nothing_or_cannot_work_are_refused_when_planning(saved, family, model, why):
+    _, folder = saved(family)
+    with pytest.raises(ValueError, match=why):
+        recipe(folder, guidance=None, model=model)
+
+
+@pytest.mark.parametrize("kind", ["timestep", "identity"])
+def test_unets_that_are_told_more_than_a_label_are_refused(saved, tmp_path, kind):
+    _, folder = saved("ddpm")
+    shutil.copytree(folder, tmp_path / "copy")
+    config = tmp_path / "copy" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"class_embed_type": kind}))
+    with pytest.raises(ValueError, match=f"embeds classes by '{kind}'"):
+        recipe(str(tmp_path / "copy"), guidance=None)
+
+
+# --- options act -----------------------------------------------------------------------------------------------------
+
+
+def seen_by(module, made, note):
+    """What a hook notes of every call of a module while rows are made."""
+    found = []
+    handle = module.register_forward_pre_hook(lambda m, args: found.append(note(args)))
+    try:
+        images(made)
+    finally:
+        handle.remove()
+    return found
+
+
+def test_channels_last_reaches_every_convolution(saved, prompt_file):
+    _, folder = saved("stable_diffusion")
+    is_last = lambda x: x.is_contiguous(memory_format=torch.channels_last)  # noqa: E731
+    for wanted in (False, True):
+        made = recipe(folder, prompt_file, None, model={"channels_last": wanted})
+        network = run.load_model(made).network
+        seen = seen_by(network.conv_in, made, lambda args: is_last(args[0]))
+        assert set(seen) == {wanted} and is_last(network.down_blocks[0].resnets[0].conv1.weight) == wanted
+
+
+def test_the_attention_kernel_is_the_one_that_was_asked_for(saved, prompt_file):
+    _, folder = saved("stable_diffusion")
+    enabled = lambda *_: (torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled())  # noqa: E731
+    for name, wanted in ((None, (True, True)), ("math", (True, False)), ("flash_attention", (False, True))):
+        made = recipe(folder, prompt_file, None, model={"attention": name})
+        assert set(seen_by(run.load_model(made).network, made, enabled)) == {wanted}
+    assert enabled() == (True, True)
+
+
+def test_the_network_is_compiled_when_told_to(saved, prompt_file, monkeypatch):
+    _, folder = saved("stable_diffusion")
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
+    for wanted in (False, True):
+        made = recipe(folder, prompt_file, None, model={"compile": wanted, "negative_prompt": "to be loaded anew"})
+        network = run.load_model(made).network
+        assert [m is network for m in compiled] == [True] * wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        ({}, [(4, 16)]),
+        ({"decode": "sliced"}, [(1, 16)] * 4),
+        ({"decode_rows": 3}, [(3, 16), (1, 16)]),
+        ({"decode": "tiled"}, None),
+    ],
+)
+def test_pictures_are_decoded_in_the_parts_that_were_asked_for(saved, prompt_file, options, calls):
+    """Latents of 16 x 16, where a tile has 8."""
+    _, folder = saved("stable_diffusion")
+    made = recipe(folder, prompt_file, None, model={"height": 32, "width": 32} | options)
+    vae = decoder.decoder(made.parts.model, "cpu")._parts.vae
+    seen = seen_by(vae.decoder, made, lambda args: (args[0].shape[0], args[0].shape[-1]))
+    if calls is None:
+        assert len(seen) > 4 and {rows for rows, _ in seen} == {4} and max(side for _, side in seen) <= 8
+    else:
+        assert seen == calls

@@ -25,6 +25,14 @@ class DDPM(Family):
         """Embeddings less the one for no label; 0 where there are none."""
         return max((config.get("num_class_embeds") or 0) - 1, 0)
 
+    def check_network(self, config: Mapping[str, Any], height: int, width: int) -> None:
+        """Labels are embedded by a table or not at all."""
+        if (kind := config.get("class_embed_type")) is not None:
+            raise ValueError(
+                f"the UNet embeds classes by {kind!r}, which is told more than a label. Allowed: a table "
+                "(num_class_embeds) or nothing."
+            )
+
     def blank(self, config: Mapping[str, Any], setting: Setting) -> Tensor | None:
         """A label where there are any, (1,)."""
         return torch.zeros(1, dtype=torch.int64) if self.classes(config) else None

@@ -23,6 +23,15 @@ class DiT(Family):
         """1000 for ImageNet."""
         return int(config["num_embeds_ada_norm"])
 
+    def check_network(self, config: Mapping[str, Any], height: int, width: int) -> None:
+        """Positions are those of one size."""
+        side = config["sample_size"]
+        if (height, width) != (side, side):
+            raise ValueError(
+                f"model.height and width give latents of {height} x {width}, but this transformer was made for "
+                f"{side} x {side}. Leave them out."
+            )
+
     def blank(self, config: Mapping[str, Any], setting: Setting) -> Tensor:
         """A label, (1,)."""
         return torch.zeros(1, dtype=torch.int64)

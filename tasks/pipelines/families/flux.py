@@ -24,6 +24,11 @@ class Flux(Family):
     pipelines = ("FluxPipeline",)
     text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     multiple = 2
+    takes_tokens = True
+
+    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+        """Dev does."""
+        return bool(config.get("guidance_embeds"))
 
     def channels(self, config: Mapping[str, Any]) -> int:
         """A quarter of what the transformer takes: it sees four pixels as one."""

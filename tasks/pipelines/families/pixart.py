@@ -24,6 +24,7 @@ class PixArt(Family):
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     text = ("text_encoder", "tokenizer")
     multiple = 2
+    takes_tokens = True
 
     def encode(self, pipe: Any, text: str | None, setting: Setting, device: str) -> Encoded:
         """T5's states, (1, max_tokens, D), and their mask, (1, max_tokens)."""

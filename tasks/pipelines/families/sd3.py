@@ -22,6 +22,16 @@ class StableDiffusion3(Family):
     text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     optional = ("text_encoder_3", "tokenizer_3")
     multiple = 2
+    takes_tokens = True
+
+    def check_network(self, config: Mapping[str, Any], height: int, width: int) -> None:
+        """Positions are known up to a size."""
+        most, patch = config["pos_embed_max_size"], config["patch_size"]
+        if max(height, width) // patch > most:
+            raise ValueError(
+                f"model.height and width give latents of {height} x {width}, but the transformer knows positions for "
+                f"at most {most * patch} a side."
+            )
 
     def grid_options(self, scheduler: Mapping[str, Any], shape: tuple[int, ...], num_steps: int) -> dict[str, Any]:
         """Shifted by the image's size where the scheduler does that."""

@@ -25,6 +25,10 @@ class StableDiffusionXL(Family):
     text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     optional = ("text_encoder", "tokenizer")
 
+    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+        """Latent consistency models do."""
+        return config.get("time_cond_proj_dim") is not None
+
     def encode(self, pipe: Any, text: str | None, setting: Setting, device: str) -> Encoded:
         """Both encoders' states, (1, 77, D), and the pooled text, (1, P)."""
         found = pipe.encode_prompt(text or "", device=device, do_classifier_free_guidance=text is None)

@@ -24,6 +24,10 @@ class StableDiffusion(Family):
     network = "unet"
     text = ("text_encoder", "tokenizer")
 
+    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+        """Latent consistency models do."""
+        return config.get("time_cond_proj_dim") is not None
+
     def encode(self, pipe: Any, text: str | None, setting: Setting, device: str) -> Encoded:
         """CLIP's last hidden states, (1, 77, D)."""
         embeds, _ = pipe.encode_prompt(text or "", device, 1, False)
