@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from orchestrator import origin
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,12 +42,9 @@ def arguments(description: str, *more: tuple[str, dict[str, Any]]) -> argparse.N
 
 
 def commit() -> str:
-    """The commit that is measured, with a mark when the tree differs from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    """The commit that is measured, in short, with a mark when the tree differs from it."""
+    head, mark, _ = origin.commit().partition("+changes")
+    return head[:7] + mark
 
 
 def machine() -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.measure import measure, scorers
+from orchestrator.origin import origin
 from orchestrator.plan import (
     ARTIFACTS,
     Shard,
@@ -29,7 +30,7 @@ from orchestrator.registries import searches
 from orchestrator.store import CorruptShard, Store
 from orchestrator.study import Study
 from orchestrator.trial import Trial
-from orchestrator.worker import artifacts, calibrate, origin, perform
+from orchestrator.worker import artifacts, calibrate, perform
 from tasks.calibration import bound
 from tasks.not_finite import NotFinite, advice
 from tasks.recipe import grid_of

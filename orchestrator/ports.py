@@ -73,7 +73,7 @@ class Proposal:
 
 
 class Search(Protocol):
-    """Proposes trials and learns from them.
+    """Proposes trials and learns from them; one with ``lists = True`` proposes what its preview says.
 
     ``ask`` returns None when there is nothing to propose just now; the study is over when it does so with nothing in
     flight. ``tell`` gets None for a failed trial; of a raced one it gets the estimate on all samples, and as

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
 import threading
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +14,7 @@ import pyarrow as pa
 
 from orchestrator import rows, telemetry
 from orchestrator.ledger import nothing
+from orchestrator.origin import origin
 from orchestrator.plan import ARTIFACTS, Shard
 from orchestrator.states import StateCache
 from orchestrator.store import CorruptShard, Store
@@ -31,24 +28,6 @@ from tasks.types import sample_shape
 @lru_cache(maxsize=8)
 def _store(root: str) -> Store:
     return Store(root)
-
-
-@lru_cache(maxsize=1)
-def origin() -> dict[str, Any]:
-    """Which code and machine make rows here: recorded beside them, never part of a key."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    versions = {}
-    for package in ("solvus", "torch", "diffusers", "numpy", "pyarrow"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    return {"commit": commit, "machine": f"{platform.machine()}/{platform.node()}", "versions": versions}
 
 
 # Stages of one worker overlap, but only one at a time may use the accelerator (or, on a CPU, the one torch thread).

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestrator.origin import COMMIT, commit
+
 log = logging.getLogger("solvus")
 T = TypeVar("T")
 
@@ -59,7 +61,7 @@ def submit(name: str, config: dict[str, Any], address: str | None, wait: bool, a
                 lambda: client.submit_job(
                     entrypoint=f"python -m orchestrator.cli run --frozen {CONFIG_FILE}",
                     submission_id=name,
-                    runtime_env={"working_dir": folder, "env_vars": {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}},
+                    runtime_env={"working_dir": folder, "env_vars": _environment()},
                     metadata={"solvus.study": name},
                 ),
             )
@@ -104,6 +106,11 @@ def _call(address: str, function: Callable[[], T]) -> T:
         raise ValueError(
             f"the Ray cluster at {address} wants a token. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE."
         ) from None
+
+
+def _environment() -> dict[str, str]:
+    """Variables of the job; the packages travel without their repository, so the commit is told."""
+    return {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", COMMIT: commit()}
 
 
 def _stage(folder: Path, config: dict[str, Any]) -> None:

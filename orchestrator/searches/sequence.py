@@ -38,6 +38,11 @@ class _Running:
     def __init__(self, parts: list[Search]) -> None:
         self._parts, self._current, self._flying = parts, 0, 0
 
+    @property
+    def lists(self) -> bool:
+        """Whether the preview is what will be proposed: equal trials share their rows."""
+        return all(getattr(part, "lists", False) for part in self._parts)
+
     def ask(self) -> Proposal | None:
         """From the current part; the next one when this has nothing left and nothing in flight."""
         while self._current < len(self._parts):

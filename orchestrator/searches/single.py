@@ -28,6 +28,8 @@ class Single:
 class Listed:
     """A search over a list that is known beforehand."""
 
+    lists = True
+
     def __init__(self, proposals: list[Proposal]) -> None:
         self._proposals, self._next = proposals, 0
 

@@ -25,7 +25,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def call(args: Any) -> int:
     """``solvus chaos``."""
     from orchestrator import chaos as suite
-    from orchestrator.worker import origin
+    from orchestrator.origin import origin
 
     if args.faults < 1 or args.ray_kills < 0:
         raise ValueError(

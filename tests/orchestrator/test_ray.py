@@ -19,7 +19,7 @@ import pytest
 import ray
 import torch
 
-from orchestrator import rows
+from orchestrator import rows, telemetry
 from orchestrator.adapters.ray_executor import RayExecutor, RayPool, _Job
 from orchestrator.adapters.ray_rewards import _HELD, RewardActor, ServedReward
 from orchestrator.plan import ARTIFACTS
@@ -249,6 +249,7 @@ def a_pool(spec: RayExecutor) -> RayPool:
         patch.setattr(threading.Thread, "start", lambda *_: None)
         patch.setattr("ray.is_initialized", lambda: True)
         pool = RayPool(spec)
+    telemetry.close_sink(pool._metrics)
     pool._ray = Unreachable()
     return pool
 

@@ -348,6 +348,17 @@ def _grid(*nfe: int, part: str = "") -> dict[str, Any]:
     return {"name": "grid", "part": part, "space": {"nfe": [*nfe]}}
 
 
+def test_a_plan_counts_what_equal_parts_of_a_sequence_share_once(make_study: Callable, tmp_path: Path) -> None:
+    from orchestrator.foreseen import foreseen
+
+    one = make_study()
+    spec = {"name": "sequence", "parts": [{"name": "single", "part": name} for name in "ab"]}
+    both = replace(one, search=searches.complete(spec))
+    ahead = [foreseen(study, Store(str(tmp_path / "empty"))) for study in (one, both)]
+    assert [a["trials"] for a in ahead] == [1, 2]
+    assert ahead[0]["nfe"] == ahead[1]["nfe"] > 0 and ahead[0]["samples_to_make"] == ahead[1]["samples_to_make"]
+
+
 def test_sequence_starts_a_part_only_when_nothing_of_the_one_before_is_in_flight() -> None:
     search = searches.build({"name": "sequence", "parts": [_grid(1, 2, part="a"), _grid(3, part="b")]}).start(CONTEXT)
     previewed = shown(search.preview())
