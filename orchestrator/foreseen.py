@@ -19,7 +19,8 @@ def foreseen(study: Any, store: Any) -> dict[str, Any]:
     Raises:
         ValueError: one cannot run, or its batches do not fit into the memory of this machine, where they are made.
     """
-    is_here = study.config.get("executor", {}).get("address", "local") == "local"  # workers elsewhere have their own memory
+    # Workers elsewhere have a memory of their own.
+    is_here = study.config.get("executor", {}).get("address", "local") == "local"
     artifacts: set[str] = set()
     total = {"trials": 0, "shards": 0, "samples": 0, "samples_to_make": 0, "nfe": 0, "work": 0.0,
              "reward_calls": 0, "raced": 0}  # fmt: skip
