@@ -15,12 +15,8 @@ import pyarrow as pa
 MAX_KEPT_SIZE = 4096
 
 
-def encode_png(image: np.ndarray) -> bytes:
-    """One image in [-1, 1], (C, H, W) with C = 1 or 3, as an 8-bit PNG."""
-    return _encode(_to_bytes(image))
-
-
 def _encode(pixels: np.ndarray) -> bytes:
+    """One picture, (C, H, W) of 8 bits with C = 1 or 3, as a PNG."""
     from PIL import Image
 
     picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))

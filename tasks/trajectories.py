@@ -139,8 +139,3 @@ def shortest_path(costs: np.ndarray, num_steps: int, discount: float = 1.0) -> t
     for k in range(num_steps, 0, -1):
         nodes.append(int(choice[k, nodes[-1]]))
     return tuple(nodes)
-
-
-def path_cost(costs: np.ndarray, nodes: tuple[int, ...], discount: float = 1.0) -> float:
-    """What a path costs."""
-    return float(sum(discount**k * costs[i, j] for k, (i, j) in enumerate(zip(nodes, nodes[1:], strict=False))))

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tasks.registry import ALL
+
 ROOT = Path(__file__).resolve().parents[2]
 PLUMBING = {"orchestrator", "dashboards", "ray", "mlflow", "optuna", "optuna_dashboard", "hydra", "omegaconf"}
-PLUGINS = ("models", "guidance", "solvers", "times", "strategies", "rewards", "features", "metrics")
+FOLDERS = {package for registry in ALL.values() for package in registry.packages}
+PLUGINS = sorted(
+    package.removeprefix("tasks.").replace(".", "/") for package in FOLDERS if package.startswith("tasks.")
+)
+PLUGINS += ["pipelines/families"]
 
 
 def modules(*folders: str) -> list[Path]:
@@ -69,13 +75,18 @@ def test_hydra_is_imported_only_by_the_configuration() -> None:
 
 @pytest.mark.parametrize("kind", PLUGINS)
 def test_a_plug_in_imports_no_other_plug_in(kind: str) -> None:
-    files = {f"tasks.{k}.{path.stem}" for k in PLUGINS for path in modules(f"tasks/{k}") if path.stem != "__init__"}
+    files = {
+        f"tasks.{k.replace('/', '.')}.{path.stem}"
+        for k in PLUGINS
+        for path in modules(f"tasks/{k}")
+        if path.stem != "__init__"
+    }
     own = [path for path in modules(f"tasks/{kind}") if path.stem != "__init__"]
     assert own
     found = {
         (name(path), other)
         for path in own
-        for other in files - {f"tasks.{kind}.{path.stem}"}
+        for other in files - {f"tasks.{kind.replace('/', '.')}.{path.stem}"}
         for i in imported(path)
         if i == other or i.startswith(f"{other}.")
     }

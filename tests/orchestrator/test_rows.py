@@ -79,18 +79,24 @@ def test_a_slice_of_a_table_gives_the_samples_of_the_slice() -> None:
     assert np.array_equal(rows.samples(joined, (1, 8, 8)), np.concatenate([x0[2:5], x0]))
 
 
+def through_png(image: np.ndarray) -> np.ndarray:
+    """An image as it comes back from a table that keeps pictures only."""
+    table = rows.to_table(columns(image[None]), "image", CONSTANTS)
+    return rows.decode_png(table["image"][0].as_py()["bytes"])
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 4, 6)])
 def test_a_png_keeps_an_image_to_half_of_an_eighth_bit(shape: tuple[int, ...]) -> None:
     (image,) = images((1, *shape))
-    found = rows.decode_png(rows.encode_png(image))
+    found = through_png(image)
     assert found.shape == shape and found.dtype == np.float32
     assert np.abs(found - image).max() <= 1 / 255 + 1e-6
-    assert np.array_equal(rows.decode_png(rows.encode_png(found)), found)
+    assert np.array_equal(through_png(found), found)
 
 
 def test_a_png_clips_what_lies_outside_and_keeps_both_ends() -> None:
     image = np.array([[[-7.0, -1.0], [1.0, 9.0]]], dtype=np.float32)
-    assert rows.decode_png(rows.encode_png(image)).tolist() == [[[-1.0, -1.0], [1.0, 1.0]]]
+    assert through_png(image).tolist() == [[[-1.0, -1.0], [1.0, 1.0]]]
 
 
 def test_large_images_are_kept_as_pictures_only() -> None:

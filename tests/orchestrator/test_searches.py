@@ -182,7 +182,7 @@ def test_several_objectives_end_in_a_front_on_held_out_samples(tmp_path: Path, n
     held = [p for p in found if p.overrides.get("first_index") == HELD_OUT]
     seen = {p.overrides["nfe"] for p in found[: len(found) - len(held)]}
     front = {n for n in seen if not (n == 5 and 4 in seen)}
-    assert {p.overrides["nfe"] for p in held} == front or len(held) == 12
+    assert {p.overrides["nfe"] for p in held} == front and len(front) <= 12
     assert all(p.overrides["num_samples"] == 32 for p in held)
 
 

@@ -16,10 +16,15 @@ from tasks.processes import VP
 from tasks.recipe import Recipe, grid_of, segments
 from tasks.run import generate
 from tasks.sampler import CountedModel, Sampler
-from tasks.trajectories import fine_grid, jump_costs, path_cost, record, shortest_path
+from tasks.trajectories import fine_grid, jump_costs, record, shortest_path
 
 ONE_FOR_ALL = ["dp_steps", "gits", "ays"]  # one artifact for every number of steps
 CALIBRATED = [*ONE_FOR_ALL, "optimal_steps"]
+
+
+def path_cost(costs, nodes, discount=1.0):
+    """What a path costs, added up step by step."""
+    return float(sum(discount**k * costs[i, j] for k, (i, j) in enumerate(itertools.pairwise(nodes))))
 
 
 def noise_of(rows=64):

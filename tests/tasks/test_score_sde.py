@@ -1,6 +1,7 @@
 """Score-SDE's own samplers and its exact likelihood, on models whose answer is known."""
 
 import math
+import shutil
 from dataclasses import replace
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ from scipy.integrate import solve_ivp
 
 from tasks import likelihood as exact
 from tasks import registry
+from tasks.checkpoint import WEIGHTS
 from tasks.models.gmm import GMM
 from tasks.noise import RowNoise
 from tasks.processes import VP
@@ -652,5 +654,10 @@ def test_a_reward_that_cannot_be_computed_is_refused():
 
 
 def test_another_model_is_another_revision():
-    assert reward().revision == reward().revision
     assert reward(model={"name": "digits"}).revision != reward(model={"name": "digits_flow"}).revision
+
+
+def test_a_model_that_moved_is_the_same_revision(tmp_path):
+    shutil.copytree(WEIGHTS / "digits", tmp_path / "moved")
+    moved = {"name": "digits", "path": str(tmp_path / "moved")}
+    assert reward(model=moved).revision == reward(model={"name": "digits"}).revision
