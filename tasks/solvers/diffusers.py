@@ -88,8 +88,9 @@ class DiffusersScheduler:
         """
         if (stock := self.__dict__.get("_stock")) is None:
             return {}
-        known = set(inspect.signature(self.cls.__init__).parameters) - _SCHEDULE - set(self.config)
-        return {k: v for k, v in stock.config.items() if k in known and (lays_grid or k not in _GRID)}
+        known, without = inspect.signature(self.cls.__init__).parameters, _SCHEDULE | set(self.config)
+        without |= set() if lays_grid else _GRID
+        return {k: v for k, v in stock.config.items() if k in known and k not in without and v != known[k].default}
 
     def build(self, process: Any, steps: int | tuple[float, ...]) -> Any:
         """The scheduler with its grid set.
@@ -192,7 +193,8 @@ class DiffusersScheduler:
 
     def nfe(self, num_steps: int) -> int:
         """The number of entries in the scheduler's list of timesteps."""
-        return _count(self.scheduler, _text(self.inherited(lays_grid=False) | self.config), num_steps)
+        known = self.inherited(lays_grid=False) | self.config
+        return _count(self.scheduler, _text({k: v for k, v in known.items() if k not in _GRID}), num_steps)
 
     def step_nfe(self, num_steps: int, to_data: bool) -> list[int]:
         """Entries of the list that each step takes."""
