@@ -109,9 +109,14 @@ class ImageData:
         return values.transpose(2, 0, 1) / 127.5 - 1.0
 
 
-@lru_cache(maxsize=8)
 def open_data(path: str, shape: tuple[int, ...]) -> ImageData:
-    """The pictures at a place, listed once a process."""
+    """The pictures at a place, listed once a process for as long as the place is not changed."""
+    place = Path(path).expanduser()
+    return _listed(path, shape, place.stat().st_mtime_ns if place.exists() else 0)
+
+
+@lru_cache(maxsize=8)
+def _listed(path: str, shape: tuple[int, ...], mtime_ns: int) -> ImageData:
     return ImageData(path, shape)
 
 

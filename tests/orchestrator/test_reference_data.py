@@ -39,12 +39,7 @@ def test_pictures_of_the_digits_give_the_values_of_the_digits(tmp_path: Path) ->
         assert mine[name] == pytest.approx(value, rel=0.05, abs=2e-3), name
 
 
-def test_other_data_at_the_same_place_give_another_value_from_the_same_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tasks import image_data
-
-    monkeypatch.setattr(image_data, "open_data", image_data.ImageData)  # as another process would
+def test_other_data_at_the_same_place_give_another_value_from_the_same_rows(tmp_path: Path) -> None:
     place = tmp_path / "digits.npy"
     np.save(place, levels())
     more = ("metrics=[kid]", f"model.data={place}")
