@@ -184,7 +184,8 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
             return hint(value)
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is not bool and isinstance(value, bool)):
         return value
-    raise ValueError(f"{path} must be a {type_name(hint)}, got {value!r} ({type(value).__name__}).")
+    finite = "finite " if hint is float and isinstance(value, float) else ""
+    raise ValueError(f"{path} must be a {finite}{type_name(hint)}, got {value!r} ({type(value).__name__}).")
 
 
 models = Registry("model", "tasks.models")
