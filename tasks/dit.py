@@ -25,7 +25,7 @@ def tokens(network: Any, x: Tensor, time: Tensor, labels: Tensor, active: Tensor
     Returns:
         the predictions of the active tokens, (B, K, patch * patch * C), and the new cache.
     """
-    hidden = _pick(network.pos_embed(x), active)
+    hidden = pick(network.pos_embed(x), active)
     fresh: Cache = []
     for i, block in enumerate(network.transformer_blocks):
         normed, gate, shift, scale, gate_after = block.norm1(hidden, time, labels, hidden_dtype=hidden.dtype)
@@ -68,7 +68,8 @@ def patches(network: Any, image: Tensor) -> Tensor:
     return grid.permute(0, 2, 4, 3, 5, 1).flatten(3, 5).flatten(1, 2)
 
 
-def _pick(whole: Tensor, active: Tensor | None) -> Tensor:
+def pick(whole: Tensor, active: Tensor | None) -> Tensor:
+    """Some tokens, (B, K, D), of all, (B, T, D); all where ``active`` is None."""
     if active is None:
         return whole
     return torch.take_along_dim(whole, active[:, :, None], dim=1)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tasks import dit
-from tasks.pipelines.family import first_half
-from tasks.processes import expand, to_x0
+from tasks import dit, mmdit
 from tasks.registry import guidance
 from tasks.savings import Meter, branch_of, check_steps, twin
 from tasks.types import Model
+
+JOINT = "SD3Transformer2DModel"
 
 
 @guidance.register("ras")
 @dataclass(frozen=True)
 class RAS:
     """Region-adaptive sampling: most steps of a transformer compute the tokens that matter; others keep their noise.
+
+    For DiT and for Stable Diffusion 3, whose text tokens are always computed.
 
     After a few whole steps, each step takes the ``ratio`` of tokens with the highest
     ``std(prediction of the token) exp(starve k)``, where k is how many steps it was left out; attention sees the keys
@@ -59,13 +63,13 @@ class RAS:
         """Refuse networks whose tokens cannot be left out.
 
         Raises:
-            ValueError: no DiT, or a solver that asks at other times than once a step.
+            ValueError: neither of these, or a solver that asks at other times than once a step.
         """
         network = getattr(recipe.parts.model, "skeleton", None)
-        if type(network).__name__ != "DiTTransformer2DModel":
+        if type(network).__name__ not in ("DiTTransformer2DModel", JOINT):
             raise ValueError(
-                f"guidance ras leaves out tokens of a DiTTransformer2DModel, but model {recipe.model['name']} is none. "
-                "Use a model that is one, such as digits_dit."
+                f"guidance ras leaves out tokens of a DiTTransformer2DModel or an {JOINT}, but model "
+                f"{recipe.model['name']} is none. Use a model that is one, such as digits_dit."
             )
         check_steps(recipe, "ras")
 
@@ -94,40 +98,45 @@ class _Regional:
         if branch not in self._branches or now >= self._branches[branch].time:
             self._branches[branch] = _Trajectory(self._network, self._spec)
         trajectory, trajectory.time = self._branches[branch], now
-
-        def answer(x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor:
-            time = torch.zeros(len(x), device=x.device) + self.process.model_time(t)
-            labels = torch.full((len(x),), self._model.num_classes, device=x.device) if cond is None else cond
-            given = x.to(next(self._network.parameters()).dtype)
-            output = first_half(trajectory.predict(given, time.float(), labels), x.shape[1]).to(x.dtype)
-            alpha, sigma = expand(self.process.alpha(t), x), expand(self.process.sigma(t), x)
-            return to_x0(self.prediction, x, output, alpha, sigma)
-
-        return self._model.other(answer, x, t, cond, self._meter.share)  # type: ignore[attr-defined]
+        inner = copy.copy(self._model.inner)  # type: ignore[attr-defined]
+        inner.network = trajectory
+        return self._model.other(inner.denoise, x, t, cond, self._meter.share)  # type: ignore[attr-defined]
 
 
 class _Trajectory:
-    """What one batch remembers: predictions, keys and values, and how often each token was left out."""
+    """What one batch remembers, in the place of the network: predictions, keys and values, and who was left out."""
 
     def __init__(self, network: Any, spec: RAS) -> None:
         self._network, self._spec = network, spec
+        self._is_joint = type(network).__name__ == JOINT
         self.time, self._step = 1.0, 0
         self._cache: dit.Cache | None = None
         self._patches = self._left_out = torch.zeros(0)
 
-    def predict(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """The network's output, (B, C, H, W)."""
+    def __call__(
+        self, x: Any = None, timestep: Any = None, class_labels: Any = None, return_dict: bool = True, **more: Any
+    ) -> Any:
+        """The network's output, (B, C, H, W), asked for and given as diffusers' networks are."""
+        state = more.get("hidden_states", x)
         spec, step = self._spec, self._step
         whole = step < spec.start or (spec.every > 0 and (step - spec.start + 1) % spec.every == 0)
         active = None if whole or spec.ratio == 1.0 else self._urgent()
-        found, self._cache = dit.tokens(self._network, x, time, labels, active, self._cache)
+        if self._is_joint:
+            given = (more["encoder_hidden_states"], more["pooled_projections"])
+            found, self._cache = mmdit.tokens(self._network, state, timestep, *given, active, self._cache)
+        else:
+            found, self._cache = dit.tokens(self._network, state, timestep, class_labels, active, self._cache)
         if active is None:
-            self._patches, self._left_out = found, torch.zeros(found.shape[:2], device=x.device)
+            self._patches, self._left_out = found, torch.zeros(found.shape[:2], device=found.device)
         else:
             self._patches = dit.put(self._patches, active, found)
             self._left_out = (self._left_out + 1).scatter(1, active, 0.0)
         self._step += 1
-        return dit.image(self._network, self._patches)
+        if self._is_joint:
+            output = mmdit.image(self._network, self._patches, *state.shape[-2:])
+        else:
+            output = dit.image(self._network, self._patches)
+        return SimpleNamespace(sample=output) if return_dict else (output,)
 
     def _urgent(self) -> Tensor:
         score = self._patches.std(dim=2) * torch.exp(self._spec.starve * self._left_out)

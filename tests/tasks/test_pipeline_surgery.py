@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tasks import dit, mmdit, savings
 from tasks.recipe import Recipe
 from tasks.run import generate
 from tests.tasks import tiny_pipelines as tiny
@@ -107,12 +108,49 @@ def test_a_cache_beside_classifier_free_guidance_keeps_the_branches_apart(recipe
     assert far(plain, both) < 1e-5
 
 
-def test_regions_of_a_transformer_on_latents(recipe_of):
-    plain = generate(recipe_of("dit"), 0, ROWS)
-    whole = generate(recipe_of("dit", {"name": "ras", "ratio": 1.0}), 0, ROWS)
-    some = generate(recipe_of("dit", {"name": "ras", "ratio": 0.5, "start": 2}), 0, ROWS)
+@pytest.mark.parametrize("family", ["dit", "sd3"])
+def test_regions_of_a_transformer_on_latents(recipe_of, family):
+    plain = generate(recipe_of(family), 0, ROWS)
+    whole = generate(recipe_of(family, {"name": "ras", "ratio": 1.0}), 0, ROWS)
+    some = generate(recipe_of(family, {"name": "ras", "ratio": 0.5, "start": 2}), 0, ROWS)
     assert far(plain["x0"], whole["x0"]) < 1e-5
     assert 0 < far(plain["x0"], some["x0"]) < 1.0 and some["work"].max() < STEPS
+
+
+def test_regions_beside_classifier_free_guidance_keep_the_branches_apart(recipe_of):
+    cfg = {"name": "cfg", "scale": 3.0}
+    plain = generate(recipe_of("sd3", cfg), 0, ROWS)["x0"]
+    both = generate(recipe_of("sd3", {"name": "chain", "parts": [{"name": "ras", "ratio": 1.0}, cfg]}), 0, ROWS)["x0"]
+    assert far(plain, both) < 1e-5
+
+
+@pytest.mark.parametrize("more", [{}, {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}])
+def test_some_tokens_of_a_joint_transformer_are_those_of_all_where_nothing_moved(more):
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    network = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4,
+        pos_embed_max_size=8, **more,
+    ).eval()  # fmt: skip
+    x, time = torch.randn(2, 4, 6, 8), torch.tensor([300.0, 700.0])
+    given = torch.randn(2, 5, 12), torch.randn(2, 10)
+    with torch.no_grad():
+        expected = network(x, given[0], given[1], time, return_dict=False)[0]
+        twin_ = savings.twin(network)
+        found, cache = mmdit.tokens(twin_, x, time, *given, None, None)
+        torch.testing.assert_close(mmdit.image(twin_, found, 6, 8), expected, rtol=1e-5, atol=1e-5)
+        some = torch.tensor([[0, 7, 3], [11, 2, 5]])
+        part, _ = mmdit.tokens(twin_, x, time, *given, some, cache)
+        torch.testing.assert_close(part, dit.pick(found, some), rtol=1e-5, atol=1e-5)
+        # A token that moved is seen by the others only where it is computed.
+        moved = x.clone()
+        moved[:, :, :2, :2] += 1.0
+        fresh, _ = mmdit.tokens(twin_, moved, time, *given, torch.tensor([[5], [5]]), cache)
+        torch.testing.assert_close(fresh[1], found[1, 5:6], rtol=1e-5, atol=1e-5)
+        again = network(x, given[0], given[1], time, return_dict=False)[0]
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)  # the network itself has its own processors
 
 
 def test_tokens_of_a_transformer_on_latents_that_stand_still_are_left_out(recipe_of):
@@ -157,7 +195,7 @@ def test_layers_run_on_integers(recipe_of, family):
     ("family", "guidance", "model", "why"),
     [
         ("stable_diffusion", {"name": "step_cache"}, {}, "blocks of a transformer"),
-        ("sd3", {"name": "ras"}, {}, "DiTTransformer2DModel"),
+        ("flux", {"name": "ras"}, {}, "DiTTransformer2DModel or an SD3Transformer2DModel"),
         ("sd3", {"name": "step_cache"}, {}, "has 1 in all"),
         ("flux", {"name": "skip_tuning"}, {}, "skip connections of a UNet"),
         ("flux", {"name": "autoguidance"}, {}, "has 0 blocks"),

@@ -337,7 +337,10 @@ def refusals(dit_model):
     heun, sada = "heun", {"hooks": [{"name": "sada"}]}
     return [
         (recipe("digits", "step_cache"), "hooks into the blocks of a transformer, but model digits is none"),
-        (recipe("digits", "ras"), "leaves out tokens of a DiTTransformer2DModel, but model digits"),
+        (
+            recipe("digits", "ras"),
+            "leaves out tokens of a DiTTransformer2DModel or an SD3Transformer2DModel, but model dig",
+        ),
         (recipe(dit_model, "ras", heun), "solver heun asks more than once a step"),
         (recipe(dit_model, "step_cache", strategy="best_of_n", reward="ink"), "strategy best_of_n asks for other"),
         (recipe(dit_model, {"name": "step_cache", "config": {"treshold": 1.0}}), "did you mean 'threshold'"),
