@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tasks.intervals import Z95
+
 
 def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
     """Unbiased probability that one of k candidates is right, ``1 - C(n - c, k) / C(n, k)``.
@@ -99,7 +101,7 @@ def jackknife(per_prompt: np.ndarray) -> Estimate:
     """
     x = _prompts(per_prompt)
     value, error = float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x)))
-    return Estimate(value, error, value - 1.96 * error, value + 1.96 * error)
+    return Estimate(value, error, value - Z95 * error, value + Z95 * error)
 
 
 def _prompts(values: np.ndarray) -> np.ndarray:
