@@ -35,6 +35,7 @@ from orchestrator.store import Store
 from tasks import registry, unmasking
 from tasks.checkpoint import digits_reference
 from tasks.data.digits import held_out
+from tasks.intervals import Z95
 from tasks.noise import RowNoise
 from tasks.recipe import Recipe
 from tasks.sampler import CountedModel, Sampler
@@ -62,7 +63,6 @@ VALUES = {
     "quality/token_entropy": ("entropy, nats", "{:.3f}"),
 }
 METRICS = "metrics=[class_accuracy, frechet, perplexity, token_entropy]"
-Z95 = 1.959964
 
 
 def measured(name: str, keep: str, samples: int, sampler: str, nfe: str) -> list[dict[str, Any]]:

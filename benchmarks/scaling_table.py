@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.search import Kept, carry_out, prepared
 from orchestrator import measure
 from orchestrator.store import Store
+from tasks.intervals import Z95
 from tasks.recipe import Recipe
 
 SDE = {"name": "ddim", "eta": 1.0}
@@ -237,7 +238,7 @@ def _table(title: str, block: Block, mine: list[dict[str, Any]], model: str, bud
     here.sort(key=lambda c: list(block.arms).index(c["strategy"]))
     for c in [c for c in here if "refused" not in c]:
         spent = [f"{c[key]:.4g}" for key in COSTS.values()] + [f"{c['seconds']:.2g}"]
-        found = [f"{c[v]:.3g} ± {1.96 * c[f'se/{v}']:.2g}" if v in c else "–" for v in block.values]
+        found = [f"{c[v]:.3g} ± {Z95 * c[f'se/{v}']:.2g}" if v in c else "–" for v in block.values]
         lines.append("| " + " | ".join([c["strategy"], c["semantics"], *spent, *found]) + " |")
     left = [f"- {c['strategy']} is left out: {c['refused']}" for c in here if "refused" in c]
     return lines + ["", *left] if left else lines
@@ -283,7 +284,7 @@ def _difference(
         return ""
     effects = [_effects(kept.folder, block, model, budget, name, max(both)) for name in (first, second)]
     value, error = measure.paired_difference(*effects)
-    return f"{value:+.3g} ± {1.96 * error:.2g}"
+    return f"{value:+.3g} ± {Z95 * error:.2g}"
 
 
 def value_in(c: dict[str, Any]) -> bool:

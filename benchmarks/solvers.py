@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.harness import Figure, arguments, commit, publish
 from tasks import calibration, registry
+from tasks.intervals import Z95
 from tasks.noise import RowNoise
 from tasks.recipe import Recipe, grid_of
 from tasks.run import generate, load_model, score, use_one_thread
@@ -188,7 +189,7 @@ def quality(models: list[str], samples: int, nfes: tuple[int, ...], kept: Kept) 
                 if found is None:
                     cells.append("not measured")
                     continue
-                cells.append("diverged" if isinstance(found, str) else f"{found[0]:.2f} ± {1.96 * found[1]:.2f}")
+                cells.append("diverged" if isinstance(found, str) else f"{found[0]:.2f} ± {Z95 * found[1]:.2f}")
             if any(cell != "–" for cell in cells):
                 yield model, name, cells
 

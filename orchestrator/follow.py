@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from orchestrator.exits import COMPLETE, DEGRADED, FAILED, INTERRUPTED
-from orchestrator.measure import Z95
 from orchestrator.progress import duration
 from orchestrator.results import Results
+from tasks.intervals import Z95
 
 EXITS = {"complete": COMPLETE, "degraded": DEGRADED, "failed": FAILED, "interrupted": INTERRUPTED}
 

@@ -24,7 +24,6 @@ from tasks.registry import Spec
 
 CHUNK = 4096
 LARGEST = 2**24  # numbers of reference data that are scored at once
-Z95 = 1.959963984540054
 
 
 def completed(metrics: Iterable[Spec | str]) -> list[Spec]:

@@ -25,14 +25,15 @@ def _encode(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _to_bytes(image: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint((image.astype(np.float64) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+def to_bytes(images: np.ndarray) -> np.ndarray:
+    """Images in [-1, 1] to 8 bits, of any shape; what lies outside is clipped."""
+    return np.clip(np.rint((images.astype(np.float64) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def as_stored(x0: np.ndarray, kind: str) -> np.ndarray:
     """Samples as a later reader will see them: large images only to 8 bits, so a score is the same now and then."""
     if kind == "image" and x0[0].size > MAX_KEPT_SIZE:
-        return _to_bytes(x0).astype(np.float32) / 127.5 - 1.0
+        return to_bytes(x0).astype(np.float32) / 127.5 - 1.0
     return x0
 
 
@@ -62,7 +63,7 @@ def to_table(columns: Mapping[str, np.ndarray], kind: str, constants: Mapping[st
     for name, value in columns.items():
         if name == "x0":
             if kind == "image":
-                pictures = pa.array([_encode(pixels) for pixels in _to_bytes(value)], pa.binary())
+                pictures = pa.array([_encode(pixels) for pixels in to_bytes(value)], pa.binary())
                 paths = pa.nulls(count, pa.string())
                 data["image"] = pa.StructArray.from_arrays([pictures, paths], names=["bytes", "path"])
             if kind != "image" or value[0].size <= MAX_KEPT_SIZE:

@@ -59,6 +59,23 @@ DEFAULTS: dict[str, Any] = {
     "time_shift": 0.0,
 }  # fmt: skip
 RATIO = {"low": 0.05, "high": 0.98}
+MAX_NFE = 64
+
+
+def evaluations(data: Mapping[str, Any], recipe: Recipe, most: int) -> tuple[int, ...]:
+    """The numbers of evaluations of a schedule's space; the study's where ``nfe`` is left out.
+
+    Raises:
+        ValueError: there is none, or one that is no whole number between 1 and ``most``.
+    """
+    found = data.get("nfe", recipe.parts.solver.nfe(recipe.parts.times.num_steps))
+    nfes = tuple(found) if isinstance(found, list | tuple) else (found,)
+    if not nfes:
+        raise ValueError("search.space.schedule.nfe is empty. Name a number of evaluations, or leave it out.")
+    for nfe in nfes:
+        if isinstance(nfe, bool) or not isinstance(nfe, int) or not 1 <= nfe <= most:
+            raise ValueError(f"search.space.schedule.nfe must be whole numbers between 1 and {most}, got {nfe!r}.")
+    return nfes
 
 
 class ScheduleSpace:
@@ -88,11 +105,7 @@ class ScheduleSpace:
             )
         self.start = recipe.parts.initial.start(self.process)
         self._parse = parse
-        nfes = data.get("nfe", recipe.parts.solver.nfe(recipe.parts.times.num_steps))
-        self.nfes: tuple[int, ...] = tuple(nfes) if isinstance(nfes, list | tuple) else (nfes,)
-        for nfe in self.nfes:
-            if isinstance(nfe, bool) or not isinstance(nfe, int) or not 1 <= nfe <= 64:
-                raise ValueError(f"search.space.schedule.nfe must be whole numbers between 1 and 64, got {nfe!r}.")
+        self.nfes = evaluations(data, recipe, MAX_NFE)
         self._axes: dict[str, Any] = {}
         self._fixed = dict(DEFAULTS)
         for key in (*WORDS, *NUMBERS):

@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.schedule_space import evaluations
 from tasks import registry
 from tasks.recipe import Recipe
 from tasks.registry import unknown
@@ -56,13 +57,7 @@ class TokenTimes:
                 )
         self._recipe, self._parse = recipe, parse
         self.start = recipe.parts.initial.start(recipe.parts.model.noising)
-        nfes = data.get("nfe", recipe.parts.solver.nfe(recipe.parts.times.num_steps))
-        self.nfes: tuple[int, ...] = tuple(nfes) if isinstance(nfes, list | tuple) else (nfes,)
-        for nfe in self.nfes:
-            if isinstance(nfe, bool) or not isinstance(nfe, int) or not 1 <= nfe <= MAX_NFE:
-                raise ValueError(
-                    f"search.space.schedule.nfe must be whole numbers between 1 and {MAX_NFE}, got {nfe!r}."
-                )
+        self.nfes = evaluations(data, recipe, MAX_NFE)
         self._pace, self._spec = self._take(data.get("times", "free"))
 
     def _take(self, value: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tasks.intervals import Z95
+
 
 def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
     """Unbiased probability that one of k candidates is right, ``1 - C(n - c, k) / C(n, k)``.
@@ -91,26 +93,6 @@ class Estimate:
     high: float
 
 
-def bootstrap(per_prompt: np.ndarray, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """Mean over prompts with the percentile interval of means over resampled prompts.
-
-    Args:
-        per_prompt: (P,), P at least 2.
-        resamples: draws of P prompts with replacement.
-        seed: of the draws.
-
-    Raises:
-        ValueError: fewer than two prompts.
-
-    Reference: Efron 1979, "Bootstrap methods: another look at the jackknife".
-    """
-    x = _prompts(per_prompt)
-    generator = np.random.default_rng(seed)
-    means = np.array([x[generator.integers(len(x), size=len(x))].mean() for _ in range(resamples)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(x.mean()), float(means.std(ddof=1)), float(low), float(high))
-
-
 def jackknife(per_prompt: np.ndarray) -> Estimate:
     """Mean over prompts with the jackknife's standard error, ``s / sqrt(P)``, and the normal interval.
 
@@ -119,7 +101,7 @@ def jackknife(per_prompt: np.ndarray) -> Estimate:
     """
     x = _prompts(per_prompt)
     value, error = float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x)))
-    return Estimate(value, error, value - 1.96 * error, value + 1.96 * error)
+    return Estimate(value, error, value - Z95 * error, value + Z95 * error)
 
 
 def _prompts(values: np.ndarray) -> np.ndarray:

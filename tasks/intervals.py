@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Z95 = 1.959963984540054  # standard errors to either side of a value in its 95 % interval, under the normal law
+
 
 def clustered(effects: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """One effect a cluster, (G,), in the order of the sorted clusters: of G independent things, as rows' are of n.

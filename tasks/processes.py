@@ -333,15 +333,6 @@ def to_x0(kind: str, x: Tensor, y: Tensor, alpha: Any, sigma: Any) -> Tensor:
     return (a * scale) * x - (sigma * scale) * y
 
 
-def to_eps(kind: str, x: Tensor, y: Tensor, alpha: Any, sigma: Any) -> Tensor:
-    """The noise prediction implied by prediction ``y`` of type ``kind`` at state x; all (B, *shape)."""
-    a, b = _coefficients(kind, alpha, sigma)
-    if kind == "epsilon":
-        return y
-    scale = 1.0 / (a * alpha - b * sigma)
-    return (alpha * scale) * y - (b * scale) * x
-
-
 def from_x0(kind: str, x: Tensor, x0: Tensor, alpha: Any, sigma: Any) -> Tensor:
     """The prediction of type ``kind`` that means ``x0`` at state x (sigma > 0); all (B, *shape)."""
     if kind == "sample":

@@ -9,8 +9,9 @@ from dashboards.report.chart import COLOURS, Chart, Series
 from dashboards.report.figures import slug
 from dashboards.report.study import Section, StudyView
 from dashboards.report.table import Measured, Table
-from dashboards.report.view import Z95, Row, compared, unequal
+from dashboards.report.view import Row, compared, unequal
 from dashboards.report.won import Difference, Judge, holm, measured, metric_of
+from tasks.intervals import Z95
 
 Pair = tuple[list[Any], Row, Row]
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dashboards.report.chart import COLOURS, GREY, SYMBOLS, Chart, Series
-from dashboards.report.view import Z95, Row, best_by_nfe
+from dashboards.report.view import Row, best_by_nfe
+from tasks.intervals import Z95
 
 
 def slug(text: str) -> str:

@@ -16,7 +16,7 @@ from orchestrator import measure, rows
 from tasks import registry
 from tasks.coverage_laws import CoverageLaw, fit_coverage
 from tasks.estimators import Estimate, best_of_k, best_split, choose, fit_scaling, jackknife, pass_at_k
-from tasks.intervals import holm, two_sided
+from tasks.intervals import Z95, holm, two_sided
 
 
 def sections(view: StudyView) -> list[Section]:
@@ -81,7 +81,7 @@ def recommendation(group: Sequence[Row], name: str, view: StudyView) -> list[str
     lines = [
         f"Recommended at this cost: {way}. {100 * votes[way] / sum(votes.values()):.0f} % of random halves of the "
         f"samples choose it; on the samples that did not choose, the choice is worth {estimate.value:.4g} ± "
-        f"{1.96 * estimate.error:.2g}. "
+        f"{Z95 * estimate.error:.2g}. "
         + (f"Not told apart from it: {'; '.join(sorted(alike))}." if alike else "All others are worse.")
         + " (Paired by sample index, 5 % after Holm's correction.)"
     ]
@@ -159,7 +159,7 @@ def _curves(pools: list[tuple[Row, np.ndarray]]) -> Section:
             chosen = 100 * found.votes[found.name] / sum(found.votes.values())
             lines.append(
                 f"Best split of {budget:g} evaluations: best of {found.k} at {found.name}, reward "
-                f"{found.estimate.value:.4g} ± {1.96 * found.estimate.error:.2g} on samples that did not choose it "
+                f"{found.estimate.value:.4g} ± {Z95 * found.estimate.error:.2g} on samples that did not choose it "
                 f"({chosen:.0f} % of the choices)."
             )
     charts = [figures.curves("best_of_k", best, "best of k", "expected reward of the best of k", laws)]

@@ -10,8 +10,9 @@ from typing import Any
 from dashboards.report import figures
 from dashboards.report.study import Section, StudyView
 from dashboards.report.table import Measured, Table
-from dashboards.report.view import Z95, Row
+from dashboards.report.view import Row
 from dashboards.report.won import Difference, Judge, holm, interval, measured
+from tasks.intervals import Z95
 from tasks.schedule import SolverSchedule
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from tasks import registry
 
-Z95 = 1.96
-
 # What a trial table of another version may lack.
 DEFAULTS: dict[str, Any] = {
     "number": -1, "part": "", "state": "unknown", "reason": "", "quarantined": "{}", "title": "", "overrides": "{}",

@@ -9,10 +9,10 @@ from typing import Any
 
 from dashboards.report.study import GONE, Section, StudyView
 from dashboards.report.table import Measured, Table
-from dashboards.report.view import Z95, Row, compared, costs, parts, unequal
+from dashboards.report.view import Row, compared, costs, parts, unequal
 from orchestrator import measure
 from tasks import registry
-from tasks.intervals import holm, two_sided
+from tasks.intervals import Z95, holm, two_sided
 
 
 def section(view: StudyView, answers: Sequence[str] = (), tables: Sequence[Table] = ()) -> list[Section]:

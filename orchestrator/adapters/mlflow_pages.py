@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from orchestrator import rows
-from orchestrator.measure import Z95
 from orchestrator.store import CorruptShard, Store
+from tasks.intervals import Z95
 from tasks.types import sample_shape
 
 VIEW = "solvus"  # the key of the shared view, as links carry it
@@ -141,7 +141,7 @@ def picture(trial: Any, store: Store, count: int) -> np.ndarray | None:
     except (KeyError, CorruptShard):  # rows that were set aside or removed since; a picture is not worth more
         return None
     images = np.concatenate([rows.samples(table, sample_shape(model)) for table in tables])  # (B, C, H, W) in [-1, 1]
-    pixels = np.clip(np.rint((images + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    pixels = rows.to_bytes(images)
     side = max(images.shape[2:])
     grow, shrink = max(PICTURE_SIDE // side, 1), max(side // (4 * PICTURE_SIDE), 1)
     pixels = pixels[:, :, ::shrink, ::shrink].repeat(grow, axis=2).repeat(grow, axis=3)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from tasks import reference_items
 from tasks.measurements import Measured, Operator, operator
-from tasks.noise import RowNoise
-from tasks.recipe import canonical, digest
-from tasks.reference_items import items
 from tasks.registry import models, rewards
 from tasks.types import sample_shape
 
@@ -58,27 +54,17 @@ class Measurement:
     differentiable = True
 
     def __post_init__(self) -> None:
-        if not self.sigma_y > 0:
-            raise ValueError(f"reward.sigma_y must be positive, got {self.sigma_y}.")
-        if self.item is not None and self.item < 0:
-            raise ValueError(f"reward.item must be at least 0, got {self.item}.")
+        reference_items.check_measuring(self)
         self.check(sample_shape(models.build(self.model)))
 
     @property
     def revision(self) -> str:
         """Hash of what is measured."""
-        if self.y is not None:
-            return "1"
-        return digest(["1", hashlib.sha256(items(canonical(self.model)).tobytes()).hexdigest()])[:16]
+        return "1" if self.y is not None else reference_items.revision(self.model)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """States of the shape that is measured."""
-        known = sample_shape(models.build(self.model))
-        if tuple(shape) != known:
-            raise ValueError(
-                f"measurement measures data of model {self.model['name']}, of shape {known}, but the samples have "
-                f"shape {tuple(shape)}. Set reward.model to the model of the study."
-            )
+        known = reference_items.check_shape("measurement measures", self.model, shape)
         size = self._operator(known, "cpu").size
         if self.y is not None and len(self.y) != size:
             raise ValueError(f"reward.y must be the {size} numbers that {self.operator} measures, got {len(self.y)}.")
@@ -101,20 +87,9 @@ class Measurement:
 
     def at(self, indices: Tensor) -> Measured:
         """The scorer of the rows with these indices, (B,) int64."""
-        shape, device = sample_shape(models.build(self.model)), indices.device
-        found = self._operator(shape, device)
-        if self.y is not None:
-            given = torch.tensor(self.y, dtype=torch.float64, device=device)
-            return Measured(found, given.expand(len(indices), -1), self.sigma_y)
-        known = items(canonical(self.model))
-        measured = indices if self.item is None else torch.full_like(indices, self.item)
-        clean = torch.from_numpy(known[(measured % len(known)).cpu().numpy()]).to(device)
-        noise = RowNoise(self.seed, measured, dtype=torch.float64).normal((found.size,), "measurement")
-        return Measured(found, found(clean) + self.sigma_y * noise, self.sigma_y)
+        found = self._operator(sample_shape(models.build(self.model)), indices.device)
+        return Measured(found, reference_items.measured(self, indices, found.size, found), self.sigma_y)
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
         """Refused: the measurement is the row's own."""
-        raise ValueError(
-            f"measurement scores row i against the measurement of row i, but it was given {len(samples)} samples "
-            "without their rows. Call .at(indices) first."
-        )
+        raise reference_items.without_rows("measurement scores row i against the measurement of row i", samples)

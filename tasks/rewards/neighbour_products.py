@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tasks.noise import RowNoise
-from tasks.recipe import canonical, digest
-from tasks.reference_items import items
+from tasks import reference_items
 from tasks.registry import models, rewards
 from tasks.types import sample_shape
 
@@ -47,27 +43,17 @@ class NeighbourProducts:
     differentiable = True
 
     def __post_init__(self) -> None:
-        if not self.sigma_y > 0:
-            raise ValueError(f"reward.sigma_y must be positive, got {self.sigma_y}.")
-        if self.item is not None and self.item < 0:
-            raise ValueError(f"reward.item must be at least 0, got {self.item}.")
+        reference_items.check_measuring(self)
         self.check(sample_shape(models.build(self.model)))
 
     @property
     def revision(self) -> str:
         """Hash of what is measured."""
-        if self.y is not None:
-            return "1"
-        return digest(["1", hashlib.sha256(items(canonical(self.model)).tobytes()).hexdigest()])[:16]
+        return "1" if self.y is not None else reference_items.revision(self.model)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Samples of the shape that is measured, with at least two elements."""
-        known = sample_shape(models.build(self.model))
-        if tuple(shape) != known:
-            raise ValueError(
-                f"neighbour_products measures data of model {self.model['name']}, of shape {known}, but the samples "
-                f"have shape {tuple(shape)}. Set reward.model to the model of the study."
-            )
+        known = reference_items.check_shape("neighbour_products measures", self.model, shape)
         size = math.prod(known) - 1
         if size < 1 or (self.y is not None and len(self.y) != size):
             raise ValueError(f"reward.y must be {size} products of neighbours, at least one, got {self.y}.")
@@ -75,21 +61,11 @@ class NeighbourProducts:
     def at(self, indices: Tensor) -> ProductsOfRows:
         """The scorer of the rows with these indices, (B,) int64."""
         size = math.prod(sample_shape(models.build(self.model))) - 1
-        if self.y is not None:
-            given = torch.tensor(self.y, dtype=torch.float64, device=indices.device)
-            return ProductsOfRows(given.expand(len(indices), -1), self.sigma_y)
-        known = items(canonical(self.model))
-        measured = indices if self.item is None else torch.full_like(indices, self.item)
-        clean = torch.from_numpy(known[(measured % len(known)).cpu().numpy()]).to(indices.device)
-        noise = RowNoise(self.seed, measured, dtype=torch.float64).normal((size,), "measurement")
-        return ProductsOfRows(products(clean) + self.sigma_y * noise, self.sigma_y)
+        return ProductsOfRows(reference_items.measured(self, indices, size, products), self.sigma_y)
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
         """Refused: the measurement is the row's own."""
-        raise ValueError(
-            f"neighbour_products scores row i against the measurement of row i, but it was given {len(samples)} "
-            "samples without their rows. Call .at(indices) first."
-        )
+        raise reference_items.without_rows("neighbour_products scores row i against the measurement of row i", samples)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.recipe import canonical, digest
-from tasks.reference_items import items
-from tasks.registry import models, rewards
+from tasks import reference_items
+from tasks.registry import rewards
 
 CEILING = 100.0  # an image that is equal to the last bit would be infinitely good
 
@@ -44,36 +42,24 @@ class RecoveryPSNR:
     def __post_init__(self) -> None:
         if not self.peak > 0:
             raise ValueError(f"reward.peak must be positive, got {self.peak}.")
-        if self.item is not None and self.item < 0:
-            raise ValueError(f"reward.item must be at least 0, got {self.item}.")
+        reference_items.check_item(self.item)
 
     @property
     def revision(self) -> str:
         """Hash of the clean items."""
-        return digest(["1", hashlib.sha256(items(canonical(self.model)).tobytes()).hexdigest()])[:16]
+        return reference_items.revision(self.model)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Samples of the shape of the data."""
-        known = tuple(models.build(self.model).shape)
-        if tuple(shape) != known:
-            raise ValueError(
-                f"recovery_psnr compares with data of model {self.model['name']}, of shape {known}, but the samples "
-                f"have shape {tuple(shape)}. Set reward.model to the model of the study."
-            )
+        reference_items.check_shape("recovery_psnr compares with", self.model, shape)
 
     def at(self, indices: Tensor) -> _Recovered:
         """The scorer of the rows with these indices, (B,) int64."""
-        known = items(canonical(self.model))
-        measured = indices if self.item is None else torch.full_like(indices, self.item)
-        clean = torch.from_numpy(known[(measured % len(known)).cpu().numpy()]).to(indices.device)
-        return _Recovered(clean, self.peak)
+        return _Recovered(reference_items.of_rows(self.model, indices, self.item), self.peak)
 
     def __call__(self, samples: Tensor, cond: Tensor | None) -> Tensor:
         """Refused: the item is the row's own."""
-        raise ValueError(
-            f"recovery_psnr compares row i with item i, but it was given {len(samples)} samples without their rows. "
-            "Call .at(indices) first."
-        )
+        raise reference_items.without_rows("recovery_psnr compares row i with item i", samples)
 
 
 @dataclass(frozen=True)

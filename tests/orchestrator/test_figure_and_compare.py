@@ -22,6 +22,7 @@ from dashboards.report.study import open_view
 from dashboards.report.table import Measured, Table
 from orchestrator import rows
 from orchestrator.store import Store
+from tasks.intervals import Z95
 
 Solvus = Callable[..., Any]
 
@@ -122,7 +123,7 @@ def test_a_paired_difference_is_that_of_the_rows(solvus: Solvus, tmp_path: Path)
     gap, shared = row[5], row[6]
     assert shared == 32
     assert gap.value == pytest.approx(apart.mean(), abs=1e-9)
-    assert gap.half == pytest.approx(1.96 * apart.std(ddof=1) / np.sqrt(32), rel=1e-6)
+    assert gap.half == pytest.approx(Z95 * apart.std(ddof=1) / np.sqrt(32), rel=1e-9)
 
 
 def test_other_models_and_other_settings_are_pointed_out(root: Path) -> None:

@@ -162,6 +162,21 @@ def test_a_picture_shows_the_first_samples_side_by_side(tracked: Path) -> None:
     assert pages.picture(SimpleNamespace(**vars(trial) | {"first_index": 10**6, "stop": 10**6 + 16}), store, 6) is None
 
 
+def test_a_picture_has_the_levels_of_the_stored_one() -> None:
+    from orchestrator import rows
+
+    between = ((np.arange(255) + 0.5) / 127.5 - 1.0).astype(np.float32)  # in float32 some round otherwise
+    x0 = np.append(between, 1.0).astype(np.float32).reshape(1, 1, 16, 16)
+    made = {name: np.zeros(1) for name in ("sample_id", "label", "nfe")}
+    table = rows.to_table(made | {"x0": x0}, "image", {})
+    model = SimpleNamespace(kind="image", shape=(1, 16, 16))
+    recipe = SimpleNamespace(key="", parts=SimpleNamespace(model=model))
+    store: Any = SimpleNamespace(read=lambda *_: [table])
+    strip = pages.picture(SimpleNamespace(recipe=recipe, num_samples=1, first_index=0, stop=1), store, 1)
+    stored = rows.decode_png(table["image"][0].as_py()["bytes"])[0]
+    assert strip is not None and np.array_equal(strip[1:65:4, 1:65:4], np.rint((stored + 1.0) * 127.5))
+
+
 def test_a_picture_of_tokens_is_what_they_decode_to(tmp_path: Path) -> None:
     from orchestrator import run
     from orchestrator.store import Store

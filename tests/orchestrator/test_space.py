@@ -174,6 +174,7 @@ def test_a_grid_whose_fields_are_searched_needs_few_axes() -> None:
         ({"tims": "free"}, "did you mean 'times'"),
         ({"order": [1, 9]}, "unknown search.space.schedule.order '?9"),
         ({"nfe": 0}, "between 1 and 64, got 0"),
+        ({"nfe": []}, "search.space.schedule.nfe is empty"),
         ({"scale": "much"}, "must be a number or"),
         ({"kappa": {"low": -1.0, "high": 1.0}}, "kappa must be"),
         ({"times": "logsnrr"}, "did you mean 'logsnr'"),

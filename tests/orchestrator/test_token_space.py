@@ -85,6 +85,7 @@ def test_a_grid_with_fields_is_searched_through_them() -> None:
             "schedule.order does not exist for tokens: model table is masked. Allowed are",
         ),
         ({"schedule": {"nfe": 0}}, "whole numbers between 1 and 256, got 0"),
+        ({"schedule": {"nfe": [], "times": "uniform"}}, "search.space.schedule.nfe is empty"),
         ({"schedule": {"times": {"low": 0.0, "high": 1.0}}}, "paces above 0"),
         ({"schedule": {"times": "explicit"}}, "has a fixed number of steps. Use free"),
         ({"schedule": {"times": {"name": "shifted", "shif": [1.0, 2.0]}}}, "did you mean 'shift'"),

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from tasks.estimators import best_of_k, best_split, bootstrap, choose, fit_scaling, jackknife, pass_at_k
+from tasks.estimators import Estimate, best_of_k, best_split, choose, fit_scaling, jackknife, pass_at_k
+from tasks.intervals import Z95
 
 STUDIES = 10_000
 
@@ -66,11 +67,23 @@ def test_a_noisy_selector_is_worth_its_correlation():
     assert abs(found.mean() - 1.42360031 / math.sqrt(2)) < 5 * found.std() / math.sqrt(STUDIES)
 
 
+def bootstrap(x, resamples):
+    """The percentile interval of means over resampled prompts (Efron 1979)."""
+    generator = np.random.default_rng(0)
+    means = np.array([x[generator.integers(len(x), size=len(x))].mean() for _ in range(resamples)])
+    return Estimate(x.mean(), means.std(ddof=1), *np.quantile(means, [0.025, 0.975]))
+
+
 @pytest.mark.parametrize("method", [lambda x: bootstrap(x, 200), jackknife])
 def test_intervals_cover_the_truth_as_often_as_they_say(method):
     pools = np.random.default_rng(4).normal(size=(400, 60, 8))
     covered = [e.low < 1 / math.sqrt(math.pi) < e.high for e in (method(best_of_k(pool, 2)) for pool in pools)]
     assert 0.90 < np.mean(covered) < 0.985  # five standard errors around 0.95, less the bootstrap's optimism
+
+
+def test_the_normal_interval_is_that_of_all_others():
+    found = jackknife(np.array([1.0, 2.0, 4.0, 9.0]))
+    assert (found.low, found.high) == (found.value - Z95 * found.error, found.value + Z95 * found.error)
 
 
 def test_a_power_law_is_found_again_with_intervals_around_it():

@@ -8,7 +8,7 @@ import torch
 
 from tasks import registry
 from tasks.attention import identity_maps, self_attentions
-from tasks.processes import to_eps
+from tasks.processes import from_x0
 from tasks.recipe import Recipe
 from tasks.run import generate, load_model
 from tasks.sampler import CountedModel
@@ -205,10 +205,10 @@ def test_a_rescaled_prediction_has_the_spread_of_the_conditional_one(digits):
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     alpha, sigma = digits.process.alpha(0.5), digits.process.sigma(0.5)
     with torch.no_grad():
-        like = to_eps("sample", x, digits.denoise(x, 0.5, torch.arange(4)), alpha, sigma)
-    found = to_eps("sample", x, ask(digits, {"name": "rescaled_cfg", "scale": 4.0, "rescale": 1.0}), alpha, sigma)
+        like = from_x0("epsilon", x, digits.denoise(x, 0.5, torch.arange(4)), alpha, sigma)
+    found = from_x0("epsilon", x, ask(digits, {"name": "rescaled_cfg", "scale": 4.0, "rescale": 1.0}), alpha, sigma)
     torch.testing.assert_close(found.flatten(1).std(dim=1), like.flatten(1).std(dim=1))
-    plain = to_eps("sample", x, ask(digits, {"name": "cfg", "scale": 4.0}), alpha, sigma)
+    plain = from_x0("epsilon", x, ask(digits, {"name": "cfg", "scale": 4.0}), alpha, sigma)
     cosine = torch.nn.functional.cosine_similarity(found.flatten(1), plain.flatten(1))
     torch.testing.assert_close(cosine, torch.ones(4))
 

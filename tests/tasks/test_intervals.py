@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tasks.intervals import holm, standard_error, two_sided
+from tasks.intervals import Z95, holm, standard_error, two_sided
 
 
 def test_the_standard_error_of_independent_rows_is_the_textbook_one():
@@ -49,6 +49,11 @@ def test_one_row_or_one_cluster_has_no_standard_error():
     assert math.isnan(standard_error(np.array([1.0])))
     assert math.isnan(standard_error(np.array([])))
     assert math.isnan(standard_error(np.arange(4.0), np.zeros(4)))
+
+
+def test_a_value_lies_outside_of_its_interval_once_in_twenty():
+    assert pytest.approx(stats.norm.ppf(0.975), rel=1e-15) == Z95
+    assert two_sided(Z95, 1.0) == pytest.approx(0.05, rel=1e-12)
 
 
 def test_p_values_are_those_of_the_normal_law():

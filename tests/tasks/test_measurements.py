@@ -9,6 +9,7 @@ import torch
 from tasks import registry
 from tasks.data import digits
 from tasks.measurements import KINDS, Measured, operator
+from tasks.noise import RowNoise
 from tasks.recipe import Recipe
 from tasks.run import generate, score
 from tasks.sampler import CountedReward
@@ -166,6 +167,26 @@ def test_recovery_is_perfect_for_the_item_itself_and_known_for_a_shift():
     clean = torch.from_numpy(digits.images()[[5, 1796, 0]])
     assert psnr(clean, None).tolist() == [100.0] * 3
     np.testing.assert_allclose(psnr(clean + 0.2, None), 20 * math.log10(2 / 0.2), rtol=1e-5)
+
+
+def test_samples_are_compared_with_items_of_their_own_shape_whatever_states_are():
+    shape = (1, 8, 8)  # of samples; states are 64 tokens
+    for name in ("measurement", "neighbour_products", "recovery_psnr"):
+        reward = registry.rewards.build({"name": name, "model": {"name": "digits_tokens"}})
+        reward.check(shape)
+        with pytest.raises(ValueError, match=r"of shape \(1, 8, 8\), but the samples have shape \(64,\)"):
+            reward.check((64,))
+        assert reward.at(torch.arange(3))(torch.zeros(3, *shape), None).shape == (3,)
+
+
+@pytest.mark.parametrize("name", ["measurement", "neighbour_products"])
+def test_the_noise_of_a_measurement_is_keyed_by_the_seed_and_the_item(name):
+    spec = {"name": name, "sigma_y": 0.3, "seed": 5}
+    fine = registry.rewards.build(spec | {"sigma_y": 1e-12}).at(torch.tensor([3])).y
+    expected = 0.3 * RowNoise(5, torch.tensor([3]), dtype=torch.float64).normal((fine.shape[1],), "measurement")
+    for reward, index in ((spec, 3), (spec | {"item": 3}, 40)):
+        found = registry.rewards.build(reward).at(torch.tensor([index])).y
+        torch.testing.assert_close(found - fine, expected, rtol=0, atol=1e-10)
 
 
 def test_a_mean_reward_can_be_that_of_a_whole_spec():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.noise import RowNoise
-from tasks.processes import EDM, VP, Flow, Masked, categorical, from_x0, to_eps, to_x0, transfer
+from tasks.processes import EDM, VP, Flow, Masked, categorical, from_x0, to_x0, transfer
 from tasks.registry import times as times_registry
 
 PROCESSES = {
@@ -247,6 +247,13 @@ def test_categorical_frequencies_match_over_many_classes():
 
 
 # --- predictions -----------------------------------------------------------------------------------------------------
+
+
+def to_eps(kind, x, y, alpha, sigma):
+    """The noise that prediction ``y = a eps + b x0`` implies where ``x = alpha x0 + sigma eps``."""
+    weights = {"epsilon": (1, 0), "sample": (0, 1), "v_prediction": (alpha, -sigma), "flow": (1, -1)}
+    a, b = (weights | {"score": (-1 / sigma, 0)})[kind]
+    return (alpha * y - b * x) / (a * alpha - b * sigma)
 
 
 @GAUSSIAN
