@@ -27,4 +27,6 @@ def call(args: Any) -> int:
     return FAILED if wrong else COMPLETE
 
 
-VERB = Verb("read every byte in the store and say what is wrong", call, options, takes_settings=True)
+VERB = Verb(
+    "read every byte in the store, the cache of states apart, and say what is wrong", call, options, takes_settings=True
+)
