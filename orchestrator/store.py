@@ -249,6 +249,7 @@ class Store:
             wrong += self._verify_key(kind, key, counts, withdraw)
         for folder in self._small_folders():
             kind = folder.split("/")[0]
+            damaged: set[str] = set()
             for name, size in list(self.files.entries(folder)):
                 key, _, ending = name.partition(".")
                 counts["files"] += 1
@@ -256,8 +257,11 @@ class Store:
                 get = self.get_json if ending == "json" else self.get_arrays
                 if not name.startswith(".tmp-") and get(kind, key) is None:
                     wrong.append(f"{folder}/{name}: damaged")
-                    if withdraw:
-                        self.files.delete(f"{folder}/{name}")
+                    damaged.add(key)
+            if withdraw:
+                # An artifact has two files and is there when its arrays are: without these it is made again whole.
+                for name in (f"{folder}/{key}{ending}" for key in damaged for ending in (".safetensors", ".json")):
+                    self.files.delete(name)
         for _, key in self._keys("quarantine"):
             folder = self.folder("quarantine", key)
             for name, size in list(self.files.entries(folder)):

@@ -151,6 +151,24 @@ def test_a_damaged_artifact_is_made_again(
     assert len(calibrated) == 1 and generated == []  # the rows are there still
 
 
+def test_a_withdrawn_record_of_an_artifact_is_made_again_with_its_cost(
+    make_study: Callable, launch: Callable, gmm: Recipe, calibrated: list, generated: list
+) -> None:
+    study = grid_study(make_study, gmm)
+    done = launch(study)
+    key = done.trials[0].recipe.calibrations[0].key
+    (path,) = (Path(study.root) / "store" / ARTIFACTS).rglob(f"{key}.json")
+    path.write_bytes(path.read_bytes()[:-5])
+    (line,) = done.store.verify(withdraw=True)[1]
+    assert f"{key}.json" in line and done.store.verify()[1] == []
+    calibrated.clear()
+    generated.clear()
+    again = launch(study)
+    assert values_of(again) == values_of(done)
+    assert len(calibrated) == 1 and generated == []
+    assert [trial.cost["calibration_nfe"] for trial in again.trials] == [COST, COST]
+
+
 @pytest.mark.parametrize("budgets", [[3, 5], [2, 3, 4, 5, 6]])
 def test_trials_in_flight_together_wait_for_one_artifact(
     make_study: Callable, launch: Callable, gmm: Recipe, calibrated: list, threads: Threads, budgets: list[int]
