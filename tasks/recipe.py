@@ -241,8 +241,9 @@ class Recipe:
         if getattr(self.parts.guidance, "revision", None) is not None:
             more["guidance_revision"] = self.parts.guidance.revision
         if hasattr(self.parts.solver, "inherited"):
-            inherited = self.parts.solver.inherited(lays_grid=stock_steps is not None)
-            more |= {"scheduler": inherited} if inherited else {}
+            said = self.parts.solver.inherited(lays_grid=stock_steps is not None)
+            said |= {} if stock_steps is None else self.parts.solver.handed(self.parts.model.noising, stock_steps)
+            more |= {"scheduler": said} if said else {}
         return digest(
             more
             | {

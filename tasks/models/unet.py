@@ -9,6 +9,7 @@ from typing import Any
 
 from tasks.checkpoint import Checkpoint, FolderModel, digits_reference
 from tasks.image_data import JudgedByPictures
+from tasks.pipelines.family import StockSchedule
 from tasks.registry import models
 
 
@@ -40,6 +41,11 @@ class UNet(JudgedByPictures, FolderModel):
     def checkpoint(self) -> Checkpoint:
         """The folder, checked."""
         return Checkpoint(Path(self.path), self.scheduler)
+
+    @property
+    def stock_schedule(self) -> StockSchedule:
+        """How the stock pipeline sets up its scheduler."""
+        return StockSchedule(self.checkpoint.scheduler)
 
     def check_data(self) -> None:
         """Refuse a model without data, or with data that cannot be read."""

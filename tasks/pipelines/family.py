@@ -23,11 +23,11 @@ class StockSchedule:
 
     Attributes:
         config: fields of its scheduler's configuration.
-        options: what it hands to a scheduler with some configuration, for a number of steps.
+        options: what it hands to a scheduler with some configuration, for a number of steps; plain data.
     """
 
     config: Mapping[str, Any]
-    options: Callable[[Mapping[str, Any], int], dict[str, Any]]
+    options: Callable[[Mapping[str, Any], int], dict[str, Any]] = lambda config, steps: {}
 
 
 @dataclass(frozen=True)

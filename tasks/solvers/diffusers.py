@@ -35,10 +35,9 @@ class DiffusersScheduler:
 
     The noise schedule always is the model's; ``config`` holds the rest of the scheduler's configuration
     (timestep_spacing, use_karras_sigmas, solver_order, …); prediction_type is what the scheduler is given (and, of
-    several steps, remembers). What it
-    leaves out is as a saved pipeline's own configuration has it, as with diffusers' ``from_config``, and the class's
-    default where that says nothing. Noise that a scheduler draws comes from one generator per row, so rows stay
-    functions of their index.
+    several steps, remembers). What it leaves out is as the own configuration of a saved pipeline or UNet has it, as
+    with diffusers' ``from_config``, and the class's default where that says nothing. Noise that a scheduler draws comes
+    from one generator per row, so rows stay functions of their index.
 
     Args:
         scheduler: class name in ``diffusers``.
@@ -92,6 +91,19 @@ class DiffusersScheduler:
         without |= set() if lays_grid else _GRID
         return {k: v for k, v in stock.config.items() if k in known and k not in without and v != known[k].default}
 
+    def handed(self, process: Any, steps: int) -> dict[str, Any]:
+        """What the stock pipeline hands to the scheduler to lay its grid, beside a number of steps: plain data.
+
+        It determines the rows as the configuration does, and is no part of it.
+        """
+        return self._handed(self.build(process, steps), steps) if self.__dict__.get("_stock") else {}
+
+    def _handed(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        if (stock := self.__dict__.get("_stock")) is None:
+            return {}
+        accepted = inspect.signature(scheduler.set_timesteps).parameters
+        return {k: v for k, v in stock.options(dict(scheduler.config), steps).items() if k in accepted}
+
     def build(self, process: Any, steps: int | tuple[float, ...]) -> Any:
         """The scheduler with its grid set.
 
@@ -143,14 +155,11 @@ class DiffusersScheduler:
         return scheduler
 
     def _set_grid(self, scheduler: Any, process: Any, steps: int | tuple[float, ...]) -> None:
-        accepted = inspect.signature(scheduler.set_timesteps).parameters
         if isinstance(steps, int):
-            stock = self.__dict__.get("_stock")
-            options = {} if stock is None else stock.options(dict(scheduler.config), steps)
-            options = {name: value for name, value in options.items() if name in accepted}
+            options = self._handed(scheduler, steps)
             scheduler.set_timesteps(**(options if "sigmas" in options else {"num_inference_steps": steps} | options))
             return
-        nodes = steps[:-1]
+        accepted, nodes = inspect.signature(scheduler.set_timesteps).parameters, steps[:-1]
         if "timesteps" in accepted and not isinstance(process, EDM):
             entries = [process.model_time(t) for t in nodes]
             if isinstance(process, VP):

@@ -73,6 +73,7 @@ DDIM = {"name": "diffusers", "scheduler": "DDIMScheduler"}
 DDIM["config"] = {"clip_sample": False, "steps_offset": 0, "set_alpha_to_one": True}  # as diffusers_ddim()
 PRESETS = Path(__file__).resolve().parents[2] / "configs" / "preset"
 FLOW = {"name": "diffusers", "scheduler": "FlowMatchEulerDiscreteScheduler"}
+STOCK, UNIFORM = {"name": "stock", "num_steps": STEPS}, {"name": "uniform", "num_steps": STEPS}
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -104,20 +105,55 @@ def test_sd3_equals_the_stock_pipeline(saved, prompt_file, with_t5):
     assert_equal_images(images(made), found.images)
 
 
-@pytest.mark.parametrize("guidance_embeds", [True, False])
-def test_flux_equals_the_stock_pipeline(saved, prompt_file, guidance_embeds):
+@pytest.mark.parametrize(("guidance_embeds", "shifts"), [(True, True), (False, True), (False, False)])
+def test_flux_equals_the_stock_pipeline(saved, prompt_file, guidance_embeds, shifts):
     from tasks.pipelines.families.flux import pack
 
-    stock, folder = saved("flux", guidance_embeds=guidance_embeds)
+    stock, folder = saved("flux", guidance_embeds=guidance_embeds, shifts=shifts)
     made = recipe(folder, prompt_file, guidance=None, solver=FLOW, model={"height": 16, "width": 16})
     # Of 16 tokens: the same grid as one of ours.
-    shift = math.exp(0.5 + (1.15 - 0.5) * (16 - 256) / (4096 - 256))
+    shift = math.exp(0.5 + (1.15 - 0.5) * (16 - 256) / (4096 - 256)) if shifts else 1.0
     ours = made.override({"times": {"name": "shifted", "num_steps": STEPS, "shift": shift}})
     np.testing.assert_allclose(made.grid[0], ours.grid[0], atol=1e-6)
     found = stock(
         tiny.PROMPTS, latents=pack(noise_of(made)), num_inference_steps=STEPS, height=16, width=16, output_type="pt"
     )
     assert_equal_images(images(made), found.images)
+
+
+def test_flux_with_a_scheduler_that_lays_its_own_sigmas_equals_the_stock_pipeline(saved, prompt_file):
+    """The stock pipeline hands its sigmas to a class without ``use_flow_sigmas`` alone."""
+    from diffusers import UniPCMultistepScheduler
+
+    from tasks.pipelines.families.flux import pack
+
+    stock, folder = saved("flux", guidance_embeds=False, shifts=False)
+    solver, steps = {"name": "diffusers", "scheduler": "UniPCMultistepScheduler"}, {"name": "stock", "num_steps": 6}
+    model = {"height": 16, "width": 16}
+    made = recipe(folder, prompt_file, guidance=None, solver=solver, times=steps, model=model)
+    of_flows = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    before, stock.scheduler = stock.scheduler, UniPCMultistepScheduler.from_config(stock.scheduler.config, **of_flows)
+    found = stock(tiny.PROMPTS, latents=pack(noise_of(made)), num_inference_steps=6, output_type="pt", **model)
+    stock.scheduler = before
+    assert made.parts.solver.handed(made.parts.model.noising, 6) == {}
+    assert_equal_images(images(made), found.images)
+
+
+def test_what_the_stock_pipeline_hands_to_its_scheduler_is_in_the_key(saved, prompt_file, monkeypatch):
+    """Its configuration is the class's own, so nothing else tells the two grids apart."""
+    from tasks.pipelines.families.flux import Flux
+
+    _, folder = saved("flux", guidance_embeds=False, shifts=False)
+    size = {"height": 16, "width": 16}
+
+    def keys():
+        made = [recipe(folder, None, None, solver=FLOW, model=size, times=times) for times in (STOCK, UNIFORM)]
+        return [each.key for each in made]
+
+    stock, ours = keys()
+    monkeypatch.setattr(Flux, "grid_options", lambda *_: {})
+    other, same = keys()
+    assert stock != other and ours == same  # times of ours enter by their values
 
 
 def test_flux_with_true_guidance_equals_the_stock_pipeline(saved, prompt_file):
@@ -163,6 +199,20 @@ def test_ddpm_equals_the_stock_pipeline(saved, monkeypatch):
     monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *_, **__: noise_of(made))
     found = stock(batch_size=ROWS, num_inference_steps=STEPS, output_type="pt")
     assert_equal_images(images(made), found.images)
+
+
+@pytest.mark.parametrize("name", ["diffusers", "unet"])
+def test_a_folder_s_own_scheduler_configuration_is_the_stock_pipeline_s(saved, monkeypatch, name):
+    """As a pipeline, and as a folder with a UNet."""
+    from diffusers.pipelines.ddim import pipeline_ddim
+
+    stock, folder = saved("ddpm", clip_sample=False, timestep_spacing="trailing")
+    made = recipe(folder, guidance=None, model={"name": name})
+    monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *_, **__: noise_of(made))
+    found = stock(batch_size=ROWS, num_inference_steps=STEPS, output_type="pt")
+    assert_equal_images(images(made), found.images)
+    over = made.override({"solver": made.solver | {"config": {"clip_sample": True, "clip_sample_range": 0.1}}})
+    assert np.abs(images(over) - images(made)).max() > 0.1 and over.key != made.key
 
 
 def test_the_digits_model_as_a_pipeline_is_the_digits_model(tmp_path):

@@ -182,7 +182,7 @@ def sd3(folder: Path, with_t5: bool = True) -> Any:
     return save(pipe, folder)
 
 
-def flux(folder: Path, guidance_embeds: bool = True) -> Any:
+def flux(folder: Path, guidance_embeds: bool = True, shifts: bool = True) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     torch.manual_seed(3)
@@ -190,10 +190,12 @@ def flux(folder: Path, guidance_embeds: bool = True) -> Any:
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler()  # schnell's
+    if shifts:
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+            max_image_seq_len=4096,
+        )  # fmt: skip
     pipe = FluxPipeline(
         transformer=net,
         scheduler=scheduler,
@@ -236,7 +238,7 @@ def dit(folder: Path) -> Any:
     return save(DiTPipeline(transformer=net, vae=vae(), scheduler=DDIMScheduler(clip_sample=False)), folder)
 
 
-def ddpm(folder: Path, classes: int | None = None) -> Any:
+def ddpm(folder: Path, classes: int | None = None, **scheduler: Any) -> Any:
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     torch.manual_seed(6)
@@ -245,7 +247,7 @@ def ddpm(folder: Path, classes: int | None = None) -> Any:
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=4, attention_head_dim=4, num_class_embeds=classes,
     )  # fmt: skip
-    return save(DDIMPipeline(unet=net, scheduler=DDIMScheduler()), folder)
+    return save(DDIMPipeline(unet=net, scheduler=DDIMScheduler(**scheduler)), folder)
 
 
 def digits(folder: Path) -> Path:

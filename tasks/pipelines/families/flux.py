@@ -39,8 +39,10 @@ class Flux(Family):
         return (128, 128)
 
     def grid_options(self, scheduler: Mapping[str, Any], shape: tuple[int, ...], num_steps: int) -> dict[str, Any]:
-        """Equal steps from 1 to 1/N, shifted by the image's size."""
-        return {"sigmas": np.linspace(1.0, 1.0 / num_steps, num_steps)} | resolution_shift(scheduler, shape)
+        """Equal steps from 1 to 1/N, except of a class that lays its own with ``use_flow_sigmas``; shifted by size."""
+        own = scheduler.get("use_flow_sigmas")
+        sigmas = {} if own else {"sigmas": np.linspace(1.0, 1.0 / num_steps, num_steps).tolist()}
+        return sigmas | resolution_shift(scheduler, shape)
 
     def encode(self, pipe: Any, text: str | None, setting: Setting, device: str) -> Encoded:
         """T5's states, (1, max_tokens, D), and CLIP's pooled text, (1, P)."""
