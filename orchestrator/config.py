@@ -46,7 +46,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> dict[s
     for group in GROUPS:
         for name in EVERY[group].names():
             store.store(group=group, name=name, node=EVERY[group].defaults(name))
-    overrides = [_quote_url(override) for override in overrides]
+    overrides = [each for override in overrides for each in _apart(_quote_url(override))]
     dirs = [str(Path(d).absolute()) for d in config_dirs]
     for folder in dirs:
         if not Path(folder).is_dir():
@@ -98,6 +98,28 @@ def _quote_url(override: str) -> str:
     key, _, value = override.partition("=")
     bare = "://" in value and value[:1] not in ("'", '"', "[", "{") and "'" not in value
     return f"{key}='{value}'" if bare else override
+
+
+def _apart(override: str) -> list[str]:
+    """A plug-in together with its fields, ``times={name: explicit, values: [0.8, 0]}``, as one override each."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Transformer
+    from hydra.errors import HydraException
+
+    group, _, value = override.partition("=")
+    if group not in GROUPS or not value.strip().startswith("{"):
+        return [override]
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+    except HydraException:  # it is refused with the names
+        return [override]
+    spec: Any = parsed._value  # as it was written: quotes stay
+    if not isinstance(spec, dict) or "name" not in spec:
+        raise ValueError(
+            f"{override} names no {group}. Write {group}={{name: NAME, FIELD: VALUE}}: solvus list {group}"
+        )
+    fields = [f"{group}.{key}={Transformer.str(said)}" for key, said in spec.items() if key != "name"]
+    return [f"{group}={Transformer.str(spec['name'])}", *fields]
 
 
 def _open(override: str) -> list[str]:

@@ -53,6 +53,22 @@ def test_fields_of_a_chosen_plug_in_can_be_set_without_a_file() -> None:
     assert [spec["name"] for spec in study.metrics] == ["kid", "cost"]
 
 
+SPECS = [
+    (["times={name:explicit,values:[0.801,0]}"], ["times=explicit", "times.values=[0.801,0]"]),
+    (["solver={name: ddim, eta: 0.5}", "solver.eta=1"], ["solver=ddim", "solver.eta=1"]),
+    (["model={name: digits, path: '/a b, {c}'}"], ["model=digits", "model.path='/a b, {c}'"]),
+    (["search={name: grid, space: {seed: [2, 3]}}"], ["search=grid", "search.space={seed: [2, 3]}"]),
+    (["reward={name: weighted, rewards: [{name: ink}, {name: linear}], weights: [1, -0.5]}"],
+     ["reward=weighted", "reward.rewards=[{name: ink}, {name: linear}]", "reward.weights=[1, -0.5]"]),
+    (["study=tiny", "guidance={name: none}"], ["study=tiny", "guidance=none"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("together", "apart"), SPECS)
+def test_a_plug_in_and_its_fields_can_be_given_together(together: list[str], apart: list[str]) -> None:
+    assert config.compose(together) == config.compose(apart)
+
+
 def test_nfe_sets_the_number_of_steps_to_match() -> None:
     assert [composed("solver=heun", f"nfe={n}").recipe.nfe for n in (4, 5, 16)] == [4, 5, 16]
 
@@ -175,6 +191,10 @@ REFUSED: list[tuple[list[str], str]] = [
     ([f"name={'x' * 101}"], "name becomes a folder"),
     (["solver"], "cannot read the command line|unknown"),
     (["solver=[ddim"], "cannot read the command line"),
+    (["solver={eta: 1}"], r"names no solver. Write solver=\{name: NAME, FIELD: VALUE\}: solvus list solver"),
+    (["solver={name: dim}"], "unknown solver 'dim', did you mean 'ddim'"),
+    (["solver={name: ddim, etta: 1}"], "unknown field of solver 'ddim': 'etta', did you mean 'eta'"),
+    (["times={name: explicit, values: [1"], "cannot read the command line"),
     (["times.values=[1,0.5"], "cannot read the command line"),
     (["solver=ddim,heun"], "solver"),
     (["model._target_=os.system"], "_target_"),
