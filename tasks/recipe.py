@@ -15,7 +15,7 @@ from tasks.calibration import Calibration
 from tasks.overrides import PLUGINS, overridden
 from tasks.prompted import reading
 from tasks.registry import Spec
-from tasks.rehearsal import rehearse
+from tasks.rehearsal import per_call, rehearse
 
 
 def canonical(data: Any) -> str:
@@ -176,7 +176,7 @@ class Recipe:
         p = self.parts
         aside = getattr(p.initial, "side_evaluations", 0)  # those that guidance does not act on
         if self.is_limited and not getattr(p.solver, "adaptive", False):
-            first, *others = (n for n, _ in rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps))
+            first, *others = (n for n, *_ in rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps))
             return (first + aside, *others)
         spent: list[int] = []
         for first, last in segments(grid) if stock_steps is None else [(0, stock_steps)]:
@@ -200,10 +200,20 @@ class Recipe:
         if getattr(self.parts.guidance, "differentiates", False):
             found = replace(found, gradients=max(found.gradients, found.nfe))
         if getattr(self.parts.guidance, "decodes", False):
-            found = replace(found, decodes=found.decodes + found.nfe // self.parts.guidance.evaluations)
+            evaluations, decodes = self._decoding
+            found = replace(found, decodes=found.decodes + -(-found.nfe * decodes // evaluations))
         saves = getattr(solver, "saves", False)
         saves = saves or any(getattr(hook, "saves", False) for hook in getattr(solver, "hook_objects", ()))
         return replace(found, exact=False) if saves or getattr(solver, "adaptive", False) else found
+
+    @property
+    def _decoding(self) -> tuple[int, int]:
+        """Evaluations of the network, and how often guidance decodes in them: of a call, or else of a trajectory."""
+        p, (grid, stock_steps) = self.parts, self.grid
+        if not self.is_limited or getattr(p.solver, "adaptive", False):
+            return per_call(p.guidance)
+        steps = rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps)
+        return sum(count for count, *_ in steps), sum(decodes for *_, decodes in steps)
 
     @property
     def nfe(self) -> int:
@@ -217,7 +227,7 @@ class Recipe:
             return float(self.nfe)
         p, (grid, stock_steps) = self.parts, self.grid
         steps = rehearse(p.model, _bare(p.solver), p.guidance, grid, stock_steps)
-        return self.nfe - p.strategy.particles * sum(count - share for count, share in steps)
+        return self.nfe - p.strategy.particles * sum(count - share for count, share, _ in steps)
 
     @cached_property
     def key(self) -> str:

@@ -32,13 +32,16 @@ class _Silent:
     def denoise(self, x: Tensor, t: Any, cond: Tensor | None = None) -> Tensor:
         return torch.zeros_like(x)
 
+    def decode(self, x0: Tensor, cond: Tensor | None = None) -> Tensor:
+        return x0
+
     @contextmanager
     def skipping(self, mask: int) -> Iterator[float]:
         yield self.blocks.share(mask)
 
 
-def evaluations_per_call(guidance: Any) -> int:
-    """Network evaluations of one call of a guided model, found by making one."""
+def per_call(guidance: Any) -> tuple[int, int]:
+    """Network evaluations and decoder calls of one call of a guided model, found by making one."""
     from tasks.processes import VP
 
     silent: Any = _Silent(VP(), 1, None)
@@ -48,12 +51,12 @@ def evaluations_per_call(guidance: Any) -> int:
         model = model.on_grid((1.0, 0.0))
     with torch.no_grad():
         model.denoise(torch.zeros(1, 1), 0.5, torch.zeros(1, dtype=torch.int64))
-    return counted.rows
+    return counted.rows, counted.decoded
 
 
 def rehearse(
     model: Any, solver: Any, guidance: Any, grid: tuple[float, ...], stock_steps: int | None
-) -> list[tuple[int, float]]:
+) -> list[tuple[int, float, int]]:
     """Count the evaluations of every step of one trajectory from pure noise along a grid.
 
     Args:
@@ -64,7 +67,8 @@ def rehearse(
         stock_steps: the number of steps given to a stock scheduler that lays its own grid, else None.
 
     Returns:
-        for every step its network evaluations, and the same weighted by the share of the network that each takes.
+        for every step its network evaluations, the same weighted by the share of the network that each takes, and the
+        decoder calls of guidance.
     """
     silent: Any = _Silent(model.noising, model.num_classes, getattr(model, "blocks", None))
     counted = CountedModel(silent, max_rows=1)
@@ -74,7 +78,7 @@ def rehearse(
         sampler = Sampler(guidance.wrap(counted), solver, grid, cond, stock_steps)
         state, spent = sampler.start(noise), []
         while state.step < sampler.num_steps:
-            before = counted.rows, counted.work
+            before = counted.rows, counted.work, counted.decoded
             state = sampler.step(state, noise)
-            spent.append((counted.rows - before[0], counted.work - before[1]))
+            spent.append((counted.rows - before[0], counted.work - before[1], counted.decoded - before[2]))
     return spent

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from tasks.branches import Branches
 from tasks.registry import Spec, guidance
-from tasks.rehearsal import evaluations_per_call
+from tasks.rehearsal import per_call
 from tasks.types import Model
+
+_BY_LABELS = {"cfg", "cfgpp", "rescaled_cfg", "cfg_schedule"}  # parts that compare with no label
 
 
 @guidance.register("chain")
@@ -45,11 +47,10 @@ class Chain:
         if "cfgpp" in names and self.follows_grid:
             raise ValueError("cfgpp cannot be combined with cfg_schedule in guidance.parts. Leave one of them out.")
         changing = [plugin.name for plugin in self.plugins if _edits(plugin)]
-        by_labels = {"cfg", "cfgpp", "rescaled_cfg", "cfg_schedule"}
-        if self.remembers and (len(changing) > 1 or not {*names} - {*changing} <= by_labels or self.limited):
+        if self.remembers and (len(changing) > 1 or not {*names} - {*changing} <= _BY_LABELS or self.limited):
             raise ValueError(
                 f"guidance.parts holds {changing[0]}, which follows an evaluation with labels and one without at every "
-                f"step, so it can be combined with one of {', '.join(sorted(by_labels))} on all steps alone, got "
+                f"step, so it can be combined with one of {', '.join(sorted(_BY_LABELS))} on all steps alone, got "
                 f"{', '.join(names)}."
             )
 
@@ -82,7 +83,7 @@ class Chain:
     @property
     def evaluations(self) -> int:
         """Network evaluations of one call."""
-        return evaluations_per_call(self)
+        return per_call(self)[0]
 
     @property
     def needs_labels(self) -> bool:
@@ -153,11 +154,19 @@ class Chain:
         return part
 
     def check_recipe(self, recipe: Any) -> None:
-        """Refuse what one of them refuses.
+        """Refuse what one of them refuses, and a reward that needs labels where the next part asks without any.
 
         Raises:
-            ValueError: its own.
+            ValueError: its own, or says which order can be.
         """
+        names = [plugin.name for plugin in self.plugins]
+        for i, plugin in enumerate(self.plugins):
+            asking = [name for name in names[i + 1 :] if name in _BY_LABELS]
+            if plugin.name == "reward_gradient" and plugin.differentiates and plugin.needs_labels and asking:
+                raise ValueError(
+                    f"guidance.parts has {asking[0]} after reward_gradient, which it asks for predictions without "
+                    f"labels, but reward {plugin.reward['name']} needs them. Put reward_gradient last."
+                )
         for plugin in self.plugins:
             if hasattr(plugin, "check_recipe"):
                 plugin.check_recipe(recipe)

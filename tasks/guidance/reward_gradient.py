@@ -110,8 +110,11 @@ class _Guided:
 
     def denoise(self, x: Tensor, t: float | Tensor, cond: Tensor | None) -> Tensor:
         """The guided clean prediction."""
-        if not self._spec.scale or getattr(self._model, "is_rehearsal", False):
+        if not self._spec.scale:
             return self._model.denoise(x, t, cond)
+        if getattr(self._model, "is_rehearsal", False):
+            found = self._model.denoise(x, t, cond)
+            return self._model.decode(found, cond) if self._spec.decodes else found
         outer = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():
             seen = x if outer else x.detach().requires_grad_()

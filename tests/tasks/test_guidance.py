@@ -331,6 +331,10 @@ REFUSED = {
         "jpeg_compressibility passes no gradients to its samples. Use one of: .*ink",
     ),
     "measurements": ([{"name": "reward_gradient", "reward": {"name": "measurement"}}], "depends on the row"),
+    "labels that are taken away": (
+        [[{"name": "reward_gradient", "reward": {"name": "class_log_prob"}}, {"name": "cfg"}]],
+        "guidance.parts has cfg after reward_gradient, .*reward class_log_prob needs them. Put reward_gradient last",
+    ),
     "a schedule and travel": (
         ["cfg_schedule", "digits", "ddim", 4, {"times": "travel"}],
         "come back to the same level",

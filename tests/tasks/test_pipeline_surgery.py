@@ -266,6 +266,22 @@ def test_a_reward_that_reads_prompts_guides_every_row_by_its_own(recipe_of):
     assert beside.account.decodes == STEPS and (generate(beside, 0, ROWS)["decodes"] == STEPS).all()
 
 
+LIMITED = {"name": "cfg", "sigma_low": 0.5, "sigma_high": 5.0}
+GRADIENT = {"name": "reward_gradient"}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[GRADIENT], [LIMITED, GRADIENT], [GRADIENT, LIMITED], [{"name": "cfg"}, GRADIENT], [GRADIENT, {"name": "cfg"}]],
+)
+def test_guidance_decodes_as_often_as_was_planned(recipe_of, parts):
+    """Guidance of both predictions decodes both, and guidance on an interval asks for one outside of it."""
+    made = recipe_of("stable_diffusion", {"name": "chain", "parts": parts})
+    found = generate(made, 0, ROWS)
+    assert (found["decodes"] == made.account.decodes).all() and made.account.decodes >= STEPS
+    assert (found["nfe"] == made.nfe).all()
+
+
 def test_a_reward_of_pictures_is_asked_for_the_shape_that_is_decoded(recipe_of):
     from tests.tasks import tiny_weights
 
