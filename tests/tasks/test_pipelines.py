@@ -1000,14 +1000,22 @@ def test_the_attention_kernel_is_the_one_that_was_asked_for(saved, prompt_file):
     assert enabled() == (True, True)
 
 
-def test_the_network_is_compiled_when_told_to(saved, prompt_file, monkeypatch):
+def test_the_compiled_network_is_the_one_that_answers(saved, prompt_file, monkeypatch):
     _, folder = saved("stable_diffusion")
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
+    compiled, called = [], []
+
+    def compile(function, *_, **__):
+        compiled.append(function.__self__)
+        return lambda *args, **more: (called.append(len(args[0])), function(*args, **more))[1]
+
+    monkeypatch.setattr(torch, "compile", compile)
     for wanted in (False, True):
-        made = recipe(folder, prompt_file, None, model={"compile": wanted, "negative_prompt": "to be loaded anew"})
-        network = run.load_model(made).network
-        assert [m is network for m in compiled] == [True] * wanted
+        run.load.cache_clear()
+        made = recipe(folder, prompt_file, None, model={"compile": wanted})
+        images(made)
+        assert called == [ROWS] * STEPS * wanted
+        assert [module is run.load_model(made).network for module in compiled] == [True] * wanted
+    run.load.cache_clear()  # the wrapper counts for this test alone
 
 
 @pytest.mark.parametrize(
