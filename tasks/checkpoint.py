@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import zipfile
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,8 +17,10 @@ from torch import Tensor
 
 from tasks.layer_skip import Blocks, skipping, survey
 from tasks.processes import VP, Flow, GaussianProcess, Time, expand, to_x0
+from tasks.registry import unknown
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
+KNOWN = ("_class_name", "prediction_type", "num_train_timesteps")  # what is read of any scheduler's configuration
 
 
 @lru_cache(maxsize=256)
@@ -120,6 +124,26 @@ def check_scheduler(scheduler: dict[str, Any]) -> None:
     to_x0(prediction(scheduler), torch.zeros(1), torch.zeros(1), 0.5, 0.5)
 
 
+def check_fields(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse fields that a scheduler's configuration has no use for: they would change nothing but the key.
+
+    Args:
+        given: the fields, by name.
+        saved: the configuration in the folder.
+
+    Raises:
+        ValueError: neither that configuration nor its scheduler's class has one of that name.
+    """
+    import diffusers
+
+    name = (dict(saved) | dict(given)).get("_class_name")
+    cls: Any = getattr(diffusers, str(name), diffusers.DDPMScheduler)
+    known = {*inspect.signature(cls.__init__).parameters, *saved, *KNOWN} - {"self"}
+    for field in given:
+        if field not in known:
+            raise unknown("field of model.scheduler:", field, sorted(known), "Fields")
+
+
 class Checkpoint:
     """A folder with a diffusers network: its configuration, its schedule and its weights, each read once.
 
@@ -148,6 +172,7 @@ class Checkpoint:
                 f"{folder} has no scheduler/scheduler_config.json; set model.scheduler, for example "
                 "{beta_schedule: linear, prediction_type: epsilon}."
             )
+        check_fields(scheduler or {}, {})
         self.scheduler = scheduler if scheduler is not None else read_json(saved, "a scheduler configuration")
         for field in ("sample_size", "in_channels"):
             if not self.config.get(field):

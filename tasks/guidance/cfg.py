@@ -45,6 +45,7 @@ class ClassifierFree:
 
     evaluations = 2
     needs_labels = True
+    asks_unlabelled = True
 
     def __post_init__(self) -> None:
         for name in ("sigma_low", "sigma_high"):

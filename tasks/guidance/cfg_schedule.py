@@ -40,6 +40,7 @@ class ScheduledCFG:
 
     evaluations = 2
     needs_labels = True
+    asks_unlabelled = True
     follows_grid = True
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ class CFGPlusPlus:
 
     evaluations = 2
     needs_labels = True
+    asks_unlabelled = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.scale <= 1.0:

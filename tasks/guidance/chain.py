@@ -15,8 +15,6 @@ from tasks.registry import Spec, guidance
 from tasks.rehearsal import per_call
 from tasks.types import Model
 
-_BY_LABELS = {"cfg", "cfgpp", "rescaled_cfg", "cfg_schedule"}  # parts that compare with no label
-
 
 @guidance.register("chain")
 @dataclass(frozen=True)
@@ -47,10 +45,14 @@ class Chain:
         if "cfgpp" in names and self.follows_grid:
             raise ValueError("cfgpp cannot be combined with cfg_schedule in guidance.parts. Leave one of them out.")
         changing = [plugin.name for plugin in self.plugins if _edits(plugin)]
-        if self.remembers and (len(changing) > 1 or not {*names} - {*changing} <= _BY_LABELS or self.limited):
+        by_labels = {plugin.name for plugin in self.plugins if getattr(plugin, "asks_unlabelled", False)}
+        if self.remembers and (len(changing) > 1 or not {*names} - {*changing} <= by_labels or self.limited):
+            fitting = [
+                name for name in guidance.names() if getattr(guidance.get(name), "asks_unlabelled", False) is True
+            ]
             raise ValueError(
                 f"guidance.parts holds {changing[0]}, which follows an evaluation with labels and one without at every "
-                f"step, so it can be combined with one of {', '.join(sorted(_BY_LABELS))} on all steps alone, got "
+                f"step, so it can be combined with one of {', '.join(fitting)} on all steps alone, got "
                 f"{', '.join(names)}."
             )
 
@@ -89,6 +91,11 @@ class Chain:
     def needs_labels(self) -> bool:
         """Whether one of them does."""
         return any(plugin.needs_labels for plugin in self.plugins)
+
+    @property
+    def asks_unlabelled(self) -> bool:
+        """Whether one of them does."""
+        return any(getattr(plugin, "asks_unlabelled", False) for plugin in self.plugins)
 
     @property
     def limited(self) -> bool:
@@ -159,9 +166,8 @@ class Chain:
         Raises:
             ValueError: its own, or says which order can be.
         """
-        names = [plugin.name for plugin in self.plugins]
         for i, plugin in enumerate(self.plugins):
-            asking = [name for name in names[i + 1 :] if name in _BY_LABELS]
+            asking = [later.name for later in self.plugins[i + 1 :] if getattr(later, "asks_unlabelled", False)]
             if plugin.name == "reward_gradient" and plugin.differentiates and plugin.needs_labels and asking:
                 raise ValueError(
                     f"guidance.parts has {asking[0]} after reward_gradient, which it asks for predictions without "

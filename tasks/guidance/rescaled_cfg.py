@@ -41,6 +41,7 @@ class RescaledCFG:
 
     evaluations = 2
     needs_labels = True
+    asks_unlabelled = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.rescale <= 1.0:

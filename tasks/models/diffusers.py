@@ -136,7 +136,6 @@ class DiffusersPipeline(JudgedByPictures):
         for name, stands, why in idle:
             if stands:
                 raise ValueError(f"model.{name} does nothing for this {what}: {why}. Leave it out.")
-        self.folder.check_fields(tuple(self.scheduler or ()))
 
     def _check_takes_adapters(self) -> None:
         import diffusers
@@ -257,6 +256,13 @@ class DiffusersPipeline(JudgedByPictures):
             raise ValueError(
                 f"guidance {recipe.guidance['name']} compares prompts with none, but there are none. Set prompts=FILE, "
                 "or guidance=none."
+            )
+        asking = (recipe.parts.guidance, recipe.parts.strategy)
+        asked = any(getattr(plugin, "asks_unlabelled", False) for plugin in asking)
+        if self.negative_prompt is not None and recipe.has_labels and not asked:
+            raise ValueError(
+                f"model.negative_prompt does nothing with guidance={recipe.guidance['name']}, which asks for no empty "
+                "prompt. Leave it out, or set guidance=cfg."
             )
         if recipe.device == "cpu" and self.offload != "none":
             raise ValueError(f"model.offload={self.offload} moves weights off a cuda device. Set model.offload=none.")

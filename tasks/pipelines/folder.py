@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint import check_scheduler, file_digest, noising, prediction, read_json
+from tasks.checkpoint import check_fields, check_scheduler, file_digest, noising, prediction, read_json
 from tasks.pipelines.family import Family, family_of
 from tasks.processes import GaussianProcess
-from tasks.registry import unknown
 from tasks.vocabulary import lacking
 
-KNOWN = ("_class_name", "prediction_type", "num_train_timesteps")  # what is read of any scheduler's configuration
 WHAT: str = "a diffusers pipeline"
 # Parts of a pipeline that change no image here: the safety checker is never run.
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -47,7 +44,9 @@ class PipelineFolder:
         self.components = self.family.saved(self.index)
         for name in self.components:
             self._check(name)
-        self.scheduler = read_json(root / "scheduler" / "scheduler_config.json", "a scheduler") | (scheduler or {})
+        saved = read_json(root / "scheduler" / "scheduler_config.json", "a scheduler")
+        check_fields(scheduler or {}, saved)
+        self.scheduler = saved | (scheduler or {})
         check_scheduler(self.scheduler)
 
     def _check(self, name: str) -> None:
@@ -79,21 +78,6 @@ class PipelineFolder:
         if self.variant:
             return [path for path in found if f".{self.variant}" in path.name]
         return [path for path in found if not mark.search(path.name)]
-
-    def check_fields(self, names: tuple[str, ...]) -> None:
-        """Refuse fields that replace nothing in a scheduler's configuration.
-
-        Raises:
-            ValueError: neither the folder's configuration nor its scheduler's class has one of that name.
-        """
-        import diffusers
-
-        cls: Any = getattr(diffusers, str(self.scheduler.get("_class_name")), None)
-        known = {*(inspect.signature(cls.__init__).parameters if cls else ()), *KNOWN}
-        known |= set(read_json(self.root / "scheduler" / "scheduler_config.json", "a scheduler"))
-        for name in names:
-            if name not in known:
-                raise unknown("field of model.scheduler:", name, sorted(known - {"self"}), "Fields")
 
     def config(self, name: str) -> dict[str, Any]:
         """The configuration of a component."""

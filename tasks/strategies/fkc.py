@@ -130,6 +130,11 @@ class FKC:
         return (*self.exponents, *[1.0] * (1 + len(self.models) - len(self.exponents)))
 
     @property
+    def asks_unlabelled(self) -> bool:
+        """Whether it asks for predictions without a label."""
+        return self.scale is not None
+
+    @property
     def total(self) -> float:
         """B."""
         return sum(self.powers)

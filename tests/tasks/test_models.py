@@ -434,6 +434,11 @@ def test_a_bare_unet_folder_takes_its_schedule_from_the_recipe(copy):
     assert torch.equal(plugin.load("cpu").denoise(x, 0.5), registry.models.build("digits").load("cpu").denoise(x, 0.5))
 
 
+def test_a_field_that_no_scheduler_has_is_refused():
+    with pytest.raises(ValueError, match="unknown field of model.scheduler: 'beta_strat', did you mean 'beta_start'"):
+        load(WEIGHTS / "digits", scheduler={"beta_strat": 0.1})
+
+
 def test_a_folder_without_a_scheduler_is_refused(copy):
     shutil.rmtree(copy / "scheduler")
     with pytest.raises(ValueError, match="has no scheduler/scheduler_config.json; set model.scheduler, for example"):

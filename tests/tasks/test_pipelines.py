@@ -957,6 +957,28 @@ def test_options_that_do_nothing_or_cannot_work_are_refused_when_planning(saved,
         recipe(folder, guidance=None, model=model)
 
 
+def test_a_guidance_scale_is_refused_where_flux_takes_none(saved):
+    _, folder = saved("flux", guidance_embeds=False)
+    with pytest.raises(ValueError, match="model.embedded_guidance does nothing for this FluxPipeline"):
+        recipe(folder, guidance=None, model={"embedded_guidance": 3.0})
+
+
+def test_a_negative_prompt_that_nothing_asks_for_is_refused(saved, prompt_file):
+    _, folder = saved("stable_diffusion")
+    model, times = {"negative_prompt": "a blur"}, {"name": "uniform", "num_steps": 2}
+    with pytest.raises(ValueError, match="model.negative_prompt does nothing with guidance=none, .* set guidance=cfg"):
+        recipe(folder, prompt_file, None, model=model)
+    made = recipe(folder, prompt_file, model=model, solver={"name": "ddim", "eta": 1.0}, times=times)
+    for guidance in ("cfgpp", "rescaled_cfg", "cfg_schedule", [{"name": "cfg"}, {"name": "pag"}]):
+        made.override({"guidance": guidance, "solver.eta": 0.0}).check()
+    corrected = made.override({"guidance": "none", "strategy": {"name": "fkc", "scale": 2.0}})
+    corrected.check()
+    with pytest.raises(ValueError, match="model.negative_prompt does nothing"):
+        corrected.override({"strategy.scale": None}).check()
+    recipe(folder, prompt_file, None, model=model, labels=None)  # it is the condition of every row
+    recipe(folder, None, None, model=model)
+
+
 @pytest.mark.parametrize("kind", ["timestep", "identity"])
 def test_unets_that_are_told_more_than_a_label_are_refused(saved, tmp_path, kind):
     _, folder = saved("ddpm")
