@@ -144,6 +144,19 @@ def check_fields(given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             raise unknown("field of model.scheduler:", field, sorted(known), "Fields")
 
 
+def check_embedding(config: Mapping[str, Any]) -> None:
+    """Refuse a UNet2DModel that embeds anything else than labels beside the time.
+
+    Raises:
+        ValueError: says what is allowed.
+    """
+    if (kind := config.get("class_embed_type")) is not None:
+        raise ValueError(
+            f"the UNet embeds classes by {kind!r}, which is told more than a label. Allowed: a table "
+            "(num_class_embeds) or nothing."
+        )
+
+
 class Checkpoint:
     """A folder with a diffusers network: its configuration, its schedule and its weights, each read once.
 
@@ -177,6 +190,7 @@ class Checkpoint:
         for field in ("sample_size", "in_channels"):
             if not self.config.get(field):
                 raise ValueError(f"{self.unet / 'config.json'} has no {field}. Save the model again.")
+        check_embedding(self.config)
         check_scheduler(self.scheduler)
         self.weights = self.unet / "diffusion_pytorch_model.safetensors"
         if not self.weights.is_file():

@@ -979,14 +979,15 @@ def test_a_negative_prompt_that_nothing_asks_for_is_refused(saved, prompt_file):
     recipe(folder, None, None, model=model)
 
 
+@pytest.mark.parametrize("name", ["diffusers", "unet"])
 @pytest.mark.parametrize("kind", ["timestep", "identity"])
-def test_unets_that_are_told_more_than_a_label_are_refused(saved, tmp_path, kind):
+def test_unets_that_are_told_more_than_a_label_are_refused(saved, tmp_path, kind, name):
     _, folder = saved("ddpm")
     shutil.copytree(folder, tmp_path / "copy")
     config = tmp_path / "copy" / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"class_embed_type": kind}))
     with pytest.raises(ValueError, match=f"embeds classes by '{kind}'"):
-        recipe(str(tmp_path / "copy"), guidance=None)
+        recipe(str(tmp_path / "copy"), guidance=None, model={"name": name})
 
 
 # --- options act -----------------------------------------------------------------------------------------------------

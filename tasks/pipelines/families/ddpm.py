@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.checkpoint import check_embedding
 from tasks.pipelines.family import Family, Setting, first_half
 
 
@@ -27,11 +28,7 @@ class DDPM(Family):
 
     def check_network(self, config: Mapping[str, Any], height: int, width: int) -> None:
         """Labels are embedded by a table or not at all."""
-        if (kind := config.get("class_embed_type")) is not None:
-            raise ValueError(
-                f"the UNet embeds classes by {kind!r}, which is told more than a label. Allowed: a table "
-                "(num_class_embeds) or nothing."
-            )
+        check_embedding(config)
 
     def blank(self, config: Mapping[str, Any], setting: Setting) -> Tensor | None:
         """A label where there are any, (1,)."""
