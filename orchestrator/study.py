@@ -14,7 +14,8 @@ from orchestrator.trial import Trial
 from tasks import registry
 from tasks.noise import MAX_INDEX
 from tasks.recipe import Recipe, digest
-from tasks.registry import Spec
+from tasks.registry import Spec, unknown
+from tasks.run import COLUMNS
 from tasks.types import sample_shape
 
 
@@ -127,9 +128,13 @@ class Study:
         return trial
 
     def _check_groups(self, recipe: Recipe, count: int) -> None:
-        """Refuse clusters of which there are not two."""
+        """Refuse clusters of a column that no row will have, and those of which there are not two."""
         if self.group_by is None:
             return
+        written = getattr(recipe.parts.strategy, "columns", None)  # None: it is not known before rows are there
+        known = {*COLUMNS, *getattr(recipe.parts.model, "columns", ()), *(written or ())}
+        if isinstance(self.group_by, str) and written is not None and self.group_by not in known:
+            raise unknown("column to group rows by:", self.group_by, sorted(known), "Columns of this study's rows")
         if self.group_by == "label" and not recipe.has_labels:
             raise ValueError("group_by=label needs labels, but this study has none. Set group_by=null.")
         single = isinstance(recipe.labels, int) or recipe.parts.model.num_classes < 2

@@ -31,6 +31,7 @@ from tasks.sampler import CountedModel, CountedReward, Sampler
 from tasks.turns import Elsewhere, Turn, in_turns
 from tasks.types import Model
 
+COLUMNS = ("sample_id", "label", "nfe", "reward_calls", "decodes", "seconds")  # of all rows, beside their samples
 REMEMBERED = 100_000  # values of a reward that a process keeps, about 40 MB
 
 

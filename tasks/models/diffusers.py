@@ -211,6 +211,11 @@ class DiffusersPipeline(JudgedByPictures):
         return len(self.prompt_table) if self.folder.family.text else self.folder.family.classes(self.folder.network)
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """What its rows say beside those of all models."""
+        return ("rows_per_call", *(("prompt", "prompt_id", "group") if self.folder.family.text else ()))
+
+    @property
     def stock_schedule(self) -> StockSchedule:
         """How the stock pipeline sets up its scheduler."""
         folder = self.folder

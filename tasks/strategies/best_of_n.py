@@ -35,6 +35,7 @@ class BestOfN:
     branches = False
     intermediate = False
     semantics = "best"
+    columns = ("candidate_rewards", "slot")
 
     def __post_init__(self) -> None:
         if self.n < 1:

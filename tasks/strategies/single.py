@@ -30,6 +30,7 @@ class Single:
     branches = False
     intermediate = False
     semantics = "sample"
+    columns = ()  # no further ones of the rows
 
     def account(self, evaluations: Sequence[int]) -> Account:
         """One trajectory."""

@@ -232,7 +232,14 @@ def test_clusters_of_a_column_that_rows_lack_are_refused(gmm: Recipe, tmp_path: 
 
 @pytest.mark.parametrize(
     ("cluster", "message"),
-    [("label", "group_by=label needs labels"), (64, None), (2, None)],
+    [
+        ("label", "group_by=label needs labels"),
+        ("nope", "unknown column to group rows by: 'nope', .* Columns of this study's rows: .*label"),
+        ("prompt", "unknown column to group rows by: 'prompt'"),
+        ("lable", "did you mean 'label'"),
+        (64, None),
+        (2, None),
+    ],
 )
 def test_a_study_refuses_clusters_that_it_cannot_have(
     make_study: Callable[..., Any], cluster: str | int, message: str | None
@@ -243,6 +250,13 @@ def test_a_study_refuses_clusters_that_it_cannot_have(
         return
     with pytest.raises(ValueError, match=message):
         study.trial(0, Proposal({}))
+
+
+@pytest.mark.parametrize("strategy", ["single", {"name": "best_of_n", "n": 2}])
+def test_rows_have_the_columns_that_are_known_when_planning(strategy: Any) -> None:
+    made = Recipe("digits", "ddim", {"name": "uniform", "num_steps": 2}, "none", strategy, "ink").completed()  # type: ignore[arg-type]
+    found = run.generate(made, 0, 2)
+    assert {*run.COLUMNS, *made.parts.strategy.columns, "x0"} == {*found}
 
 
 def test_one_sample_makes_no_clusters(make_study: Callable[..., Any]) -> None:

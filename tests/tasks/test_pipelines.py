@@ -373,6 +373,12 @@ def test_a_prompt_belongs_to_its_index_and_is_encoded_once_for_all_processes(sav
     assert whole["prompt_id"].tolist() == ["0", "1", "2", "3"] * 2
 
 
+def test_the_columns_of_a_pipeline_s_rows_are_known_when_planning(saved, prompt_file):
+    for name, prompts in (("stable_diffusion", prompt_file), ("ddpm", None)):
+        made = recipe(saved(name)[1], prompts, None, solver=DDIM)
+        assert {*run.COLUMNS, *made.parts.model.columns, "x0"} == {*generate(made, 0, 2)}
+
+
 def test_one_prompt_for_all_rows_is_a_label(saved, prompt_file):
     _, folder = saved("stable_diffusion")
     found = generate(recipe(folder, prompt_file, solver=DDIM, labels=3), 0, 4)
