@@ -105,7 +105,7 @@ def _searched(
             )
             ends.callback(watch.close)
             searched = run_study(study, executor, store, tracker, watch, ledger, trials)
-    except BaseException:
+    except BaseException:  # Ctrl-C and SIGTERM too: what was done must be told however a launch ends
         results.save_trials(trials)
         results.save_state("interrupted", {"trials": sum(trial.state != "running" for trial in trials)})
         raise

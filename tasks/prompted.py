@@ -10,6 +10,11 @@ from typing import Any, Self
 from torch import Tensor
 
 
+def texts_of(model: Any) -> tuple[str, ...]:
+    """A model's prompts by label; none where it has none."""
+    return tuple(model.prompt_table.texts) if hasattr(model, "prompt_table") else ()
+
+
 def reading(scorer: Any, texts: Sequence[str]) -> Any:
     """A scorer that knows the model's prompts, where it reads any: label i has ``texts[i]``."""
     return scorer.reading(tuple(texts)) if hasattr(scorer, "reading") else scorer

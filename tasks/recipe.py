@@ -13,7 +13,7 @@ from tasks import account, calibration, registry
 from tasks.account import Account
 from tasks.calibration import Calibration
 from tasks.overrides import PLUGINS, overridden
-from tasks.prompted import reading
+from tasks.prompted import reading, texts_of
 from tasks.registry import Spec
 from tasks.rehearsal import per_call, rehearse
 
@@ -91,13 +91,13 @@ class Recipe:
             registry.initials.build(self.initial),
             _beside(registry.guidance.build(self.guidance), model),
             registry.strategies.build(self.strategy),
-            None if self.reward is None else reading(registry.rewards.build(self.reward), _texts(model)),
+            None if self.reward is None else reading(registry.rewards.build(self.reward), texts_of(model)),
         )
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The model's prompts by label; none where it has none."""
-        return _texts(self.parts.model)
+        return texts_of(self.parts.model)
 
     def scorer(self, spec: Spec) -> Any:
         """A reward or feature extractor that knows the model's prompts."""
@@ -322,10 +322,6 @@ def _beside(plugin: Any, model: Any) -> Any:
 def _said(spec: Spec) -> Spec:
     said = {key: value for key, value in spec.items() if key not in ("path", "pinned")}
     return said | ({"rewards": [_said(part) for part in spec["rewards"]]} if "rewards" in spec else {})
-
-
-def _texts(model: Any) -> tuple[str, ...]:
-    return tuple(model.prompt_table.texts) if hasattr(model, "prompt_table") else ()
 
 
 def _bare(solver: Any) -> Any:

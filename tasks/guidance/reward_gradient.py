@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tasks.processes import expand
-from tasks.prompted import reading
+from tasks.prompted import reading, texts_of
 from tasks.registry import Spec, guidance, rewards
 from tasks.types import Model, sample_shape
 
@@ -56,8 +56,7 @@ class RewardGradient:
     def beside(self, model: Any) -> RewardGradient:
         """Itself with a reward that knows the model's prompts."""
         found = copy.copy(self)
-        texts = model.prompt_table.texts if hasattr(model, "prompt_table") else ()
-        found.__dict__["scorer"] = reading(self.scorer, texts)
+        found.__dict__["scorer"] = reading(self.scorer, texts_of(model))
         found.__dict__["decodes"] = bool(self.scale) and sample_shape(model) != tuple(model.shape)
         return found
 
